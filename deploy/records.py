@@ -1,0 +1,470 @@
+"""The frozen records that travel between stages, and their JSON form.
+
+After tracing, what crosses a stage is a file with a hash (``Artifact``) plus one of these records. ``RunRecord`` is the
+whole run: it is the bundle's ``manifest.json``, and reports are drawn from it alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from deploy.errors import BundleError, RecipeError
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+record = dataclass(frozen=True, kw_only=True, slots=True)
+
+
+class Stage(str, enum.Enum):
+    """The stages of the road, in order."""
+
+    MODEL = "model"
+    TRACE = "trace"
+    PASSES = "passes"
+    PRECISION = "precision"
+    ENGINE = "engine"
+    PARITY = "parity"
+    LATENCY = "latency"
+    REPORT = "report"
+
+    @property
+    def index(self) -> int:
+        """Position on the road, from 0."""
+        return list(Stage).index(self)
+
+
+class Target(str, enum.Enum):
+    """The runtime family that a graph is lowered for; its forms are not interchangeable (docs/architecture.md)."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+
+
+class Precision(str, enum.Enum):
+    """What the network computes in; inputs and outputs stay float32."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+@record
+class Artifact:
+    """A file of the bundle: name relative to the bundle, content hash and size in bytes."""
+
+    name: str
+    sha256: str
+    size: int
+
+
+@record
+class TensorSpec:
+    """A graph input or output. A string in ``shape`` is a dynamic axis, e.g. ``"batch"``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@record
+class Batch:
+    """Batch sizes of an engine: fixed when ``min == opt == max``, else a range with the size to tune for."""
+
+    min: int = 1
+    opt: int = 1
+    max: int = 1
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether more than one batch size runs."""
+        return self.min != self.max
+
+    @classmethod
+    def parse(cls, text: str | int) -> Batch:
+        """Read ``"4"`` or ``"1:8:32"`` (min:opt:max).
+
+        Raises:
+            RecipeError: not one or three positive whole numbers in ascending order.
+        """
+        parts = str(text).split(":")
+        if len(parts) not in (1, 3) or not all(p.isascii() and p.isdigit() for p in parts):
+            raise RecipeError(f"batch: got {text!r}, expected one number or min:opt:max", hint="--batch 4 or --batch 1:8:32")
+        low, opt, high = (int(p) for p in (parts * 3 if len(parts) == 1 else parts))
+        if not 1 <= low <= opt <= high:
+            raise RecipeError(f"batch: got {text!r}, expected 1 <= min <= opt <= max", hint="--batch 1:8:32")
+        return cls(min=low, opt=opt, max=high)
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}" if self.dynamic else str(self.opt)
+
+
+@record
+class WeightsSource:
+    """Where the weights came from. ``statement`` is the sentence that every output repeats."""
+
+    kind: str  # "random" | "file"
+    statement: str
+    path: str = ""
+    sha256: str = ""
+    layout: str = ""
+    seed: int = 0
+
+
+@record
+class Drift:
+    """Deploy form against training form, same input: largest absolute difference of the outputs.
+
+    ``relative`` values are divided by the largest absolute output of the training form.
+    """
+
+    fp32_max_abs: float
+    fp32_relative: float
+    fp64_max_abs: float
+    fp64_relative: float
+
+
+@record
+class Preprocess:
+    """How an image becomes the input: resize the short edge to size / crop, centre crop, scale to 0..1, normalise."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop: float = 0.875
+    interpolation: str = "bicubic"
+
+
+@record
+class ModelRecord:
+    """The model as it was loaded. ``macs`` are multiply-adds per image; papers print them as FLOPs."""
+
+    system: str
+    variant: str
+    task: str
+    paper: str
+    size: tuple[int, int]  # height, width
+    parameters: int
+    deploy_parameters: int
+    macs: int
+    weights: WeightsSource
+    preprocess: Preprocess
+    form: str  # the export form that was chosen for the target
+    form_reason: str
+    drift: Drift
+    seconds: float
+
+
+@record
+class TraceRecord:
+    """``10-traced.onnx``: what was exported, held against what was asked."""
+
+    artifact: Artifact
+    opset: int
+    batch: Batch
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    op_counts: Mapping[str, int]
+    checks: tuple[str, ...]  # each sentence names one thing that was verified
+    seconds: float
+
+
+@record
+class PassRecord:
+    """One graph pass: how many sites it rewrote and why it left others."""
+
+    name: str
+    reason: str
+    sites: int
+    declined: tuple[str, ...]
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    max_abs_change: float | None = None  # measured only with --verify-each
+
+
+@record
+class PassesRecord:
+    """``20-patched.onnx``."""
+
+    artifact: Artifact
+    target: Target
+    passes: tuple[PassRecord, ...]
+    op_counts_before: Mapping[str, int]
+    op_counts: Mapping[str, int]
+    seconds: float
+
+
+@record
+class Kept:
+    """A group of nodes that stays float32 in a reduced-precision graph, and why."""
+
+    reason: str
+    nodes: int
+    examples: tuple[str, ...]
+
+
+@record
+class PrecisionRecord:
+    """``30-<precision>.onnx``, or the patched file itself for FP32.
+
+    ``dtype_counts`` counts the floating-point nodes of the graph by the type of their first output.
+    """
+
+    artifact: Artifact
+    precision: Precision
+    dtype_counts: Mapping[str, int]
+    casts: int
+    kept: tuple[Kept, ...]
+    warnings: tuple[str, ...]
+    largest_activation: float | None
+    seconds: float
+
+
+@record
+class Audit:
+    """What the engine really computes in, held against what was asked.
+
+    ``evidence`` says where the figures come from (graph, session, build log, engine inspector). ``kernels`` counts
+    kernels by precision, ``fused`` counts fused kernels by kind (attention, norm, ...).
+    """
+
+    asked: Precision
+    evidence: str
+    kernels: Mapping[str, int]
+    fused: Mapping[str, int]
+    ok: bool
+    statement: str
+
+
+@record
+class EngineRecord:
+    """One built engine. ``runnable`` is False with a reason where this machine can build but not run it."""
+
+    backend: str
+    backend_version: str
+    artifact: Artifact
+    device: str  # "cpu", "cuda:0", "sm89"
+    runnable: bool
+    reason: str
+    audit: Audit
+    options: Mapping[str, str]
+    seconds: float
+
+
+@record
+class Tolerance:
+    """Parity limits of one precision; ``None`` means not judged. Relative values are to the reference's largest output."""
+
+    max_relative: float | None = None  # max |a - b| / max |reference|
+    cosine: float | None = None  # at least
+    snr_db: float | None = None  # at least
+    top1: float | None = None  # at least, share of images
+    top5: float | None = None  # at least
+
+
+@record
+class Comparison:
+    """One output of one stage against the float32 PyTorch reference, over all parity inputs."""
+
+    stage: str  # "deploy form", "traced", "patched", "fp16", "engine"
+    output: str
+    images: int
+    max_abs: float
+    mean_abs: float
+    max_relative: float
+    relative_l2: float
+    cosine: float
+    snr_db: float
+    top1: float | None
+    top5: float | None
+    passed: bool
+    failures: tuple[str, ...]
+    per_input: Mapping[str, float] = field(default_factory=dict)  # input group -> max_relative
+
+
+@record
+class ParityRecord:
+    """The verdict on every stage. ``ok`` is the verdict of the run."""
+
+    ok: bool
+    verdict: str
+    tolerances: Mapping[str, Tolerance]  # precision -> limits
+    comparisons: tuple[Comparison, ...]
+    inputs: Mapping[str, int]  # input group ("noise", "natural", "extremes", "photos") -> images
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@record
+class Latency:
+    """Latency of one candidate at one batch size. Times are milliseconds for one call."""
+
+    name: str
+    batch: int
+    threads: int
+    device: str
+    samples: tuple[float, ...]
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    cov: float  # standard deviation / mean
+    throughput: float  # images per second, batch / p50
+    peak_memory: int  # bytes that this candidate's process may have peaked at; 0 when not measured
+    build_seconds: float
+    note: str = ""
+
+
+@record
+class Ratio:
+    """Interleaved comparison: how many times faster ``name`` is than ``baseline`` (per-round ratios: median, p10, p90)."""
+
+    name: str
+    baseline: str
+    batch: int
+    median: float
+    p10: float
+    p90: float
+    rounds: int
+
+
+@record
+class BenchRecord:
+    """All latencies of a run, with the warnings that a reader must see."""
+
+    latencies: tuple[Latency, ...]
+    ratios: tuple[Ratio, ...]
+    warnings: tuple[str, ...]
+    method: str
+    modules: Mapping[str, float]  # module path -> share of time, from the runtime's profiler; empty when there is none
+    seconds: float
+
+
+@record
+class Environment:
+    """The machine and the versions. Never holds a path or a host name."""
+
+    python: str
+    platform: str
+    cpu: str
+    cores: int
+    gpu: str
+    packages: Mapping[str, str]
+
+
+@record
+class RunRecord:
+    """A whole run; the bundle's ``manifest.json``."""
+
+    schema_version: int
+    effdeploy: str
+    name: str
+    created: str  # ISO 8601, UTC
+    until: Stage
+    ok: bool
+    verdict: str
+    recipe: Mapping[str, Any]
+    environment: Environment
+    model: ModelRecord
+    trace: TraceRecord | None = None
+    passes: PassesRecord | None = None
+    precision: PrecisionRecord | None = None
+    engines: tuple[EngineRecord, ...] = ()
+    parity: ParityRecord | None = None
+    bench: BenchRecord | None = None
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def to_json(value: Any) -> Any:
+    """Turn a record into plain JSON data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_json(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)  # JSON has no NaN or infinity; from_json reads the strings back
+    return value
+
+
+def from_json(cls: type[T], data: Any) -> T:
+    """Rebuild a record from ``to_json`` data.
+
+    Raises:
+        BundleError: the data does not have the record's fields and types.
+    """
+    try:
+        return typing.cast(T, _decode(cls, data))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise BundleError(
+            f"cannot read {cls.__name__} from JSON: {error}",
+            hint="the file was written by another version or changed by hand; export again",
+        ) from error
+
+
+def _decode(kind: Any, data: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _decode_record(kind, data)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return kind(data)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(typing.get_args(kind), data)
+    if origin is tuple:
+        return _decode_tuple(typing.get_args(kind), data)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(data, dict):
+            raise TypeError(f"expected an object, got {type(data).__name__}")
+        return {k: _decode(typing.get_args(kind)[1], v) for k, v in data.items()}
+    return _decode_scalar(kind, data)
+
+
+def _decode_record(kind: type, data: Any) -> Any:
+    if not isinstance(data, dict):
+        raise TypeError(f"{kind.__name__}: expected an object, got {type(data).__name__}")
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    if extra := sorted(set(data) - known):
+        raise ValueError(f"{kind.__name__}: unknown fields {extra}")
+    return kind(**{k: _decode(hints[k], v) for k, v in data.items()})
+
+
+def _decode_union(options: tuple[Any, ...], data: Any) -> Any:
+    if data is None and type(None) in options:
+        return None
+    rest = [o for o in options if o is not type(None)]
+    if len(rest) == 1:
+        return _decode(rest[0], data)
+    if not isinstance(data, tuple(rest)) or isinstance(data, bool):
+        raise TypeError(f"expected one of {rest}, got {type(data).__name__}")
+    return data
+
+
+def _decode_tuple(args: tuple[Any, ...], data: Any) -> Any:
+    if not isinstance(data, list):
+        raise TypeError(f"expected a list, got {type(data).__name__}")
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_decode(args[0], v) for v in data)
+    if len(args) != len(data):
+        raise TypeError(f"expected {len(args)} values, got {len(data)}")
+    return tuple(_decode(a, v) for a, v in zip(args, data, strict=True))
+
+
+def _decode_scalar(kind: Any, data: Any) -> Any:
+    if kind is Any:
+        return data
+    if kind is float and isinstance(data, (int, float, str)) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        raise TypeError(f"expected {kind.__name__}, got {type(data).__name__}")
+    return data
