@@ -1,0 +1,299 @@
+"""What a system is: one file with an architecture, checkpoint maps, a deploy transform and a default recipe.
+
+``load_model`` takes a recipe to a loaded reference model and its deploy form; no caller knows which system it holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deploy.errors import CheckpointError, RecipeError, SizeError, TraceError, UnknownNameError, did_you_mean
+from deploy.models.checkpoint import WeightMap, fit_checkpoint, read_checkpoint
+from deploy.models.weights import random_state
+from deploy.recipe import Recipe
+from deploy.records import Drift, ModelRecord, Target, TensorSpec, WeightsSource
+
+Size = tuple[int, int]
+Arrays = Mapping[str, NDArray[np.generic]]
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """An export form of a system for one target, and the measured reason for it."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One size of a system: architecture options and where the paper's figures can be looked up."""
+
+    options: Options
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class System:
+    """A model family on the road.
+
+    Attributes:
+        name: What the user types.
+        task: ``"classification"``; decides how outputs are compared.
+        paper: Title, venue and arXiv number.
+        variants: Name to architecture options. ``tiny`` builds and runs in under a second, for tests.
+        build: ``(options, size, layout) -> nn.Module`` in eval mode; ``layout`` is a ``WeightMap.layout``.
+        weight_maps: Every checkpoint layout that loads; the first one's layout is the training form.
+        to_deploy: ``(model, target) -> nn.Module``: a re-parameterised copy; the input stays untouched. Works in the
+            dtype of the model.
+        forms: Which export form each target takes, and why.
+        recipe: Defaults below the YAML.
+        stride: Image sides must be multiples of this.
+        inputs: Graph inputs with symbolic axes ``batch``, ``height``, ``width``.
+        outputs: Graph output names.
+    """
+
+    name: str
+    task: str
+    paper: str
+    variants: Mapping[str, Variant]
+    build: Callable[[Options, Size, str], nn.Module]
+    weight_maps: tuple[WeightMap, ...]
+    to_deploy: Callable[[nn.Module, Target], nn.Module]
+    forms: Mapping[Target, Form]
+    recipe: Mapping[str, Any]
+    stride: int = 1
+    inputs: tuple[TensorSpec, ...] = (
+        TensorSpec(name="images", dtype="float32", shape=("batch", 3, "height", "width")),
+    )
+    outputs: tuple[str, ...] = ("logits",)
+
+
+@dataclass(kw_only=True, slots=True)
+class Loaded:
+    """A loaded model: the float32 reference as in the checkpoint, and the deploy form that is exported."""
+
+    system: System
+    reference: nn.Module
+    deploy: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    record: ModelRecord
+    threads: int = field(default=0)
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[np.generic]]:
+        """Run the float32 PyTorch reference (training form) on host arrays."""
+        return run_module(self.reference, feeds, self.system.outputs)
+
+
+def run_module(module: nn.Module, feeds: Arrays, outputs: tuple[str, ...]) -> dict[str, NDArray[np.generic]]:
+    """Run a module on host arrays given in input order; returns named host arrays."""
+    with torch.inference_mode():
+        result = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in feeds.values()))
+    tensors = result if isinstance(result, tuple) else (result,)
+    return {name: tensor.numpy() for name, tensor in zip(outputs, tensors, strict=True)}
+
+
+def load_model(system: System, recipe: Recipe, target: Target) -> Loaded:
+    """Build, load or draw the weights, re-parameterise, and measure the drift of doing so.
+
+    Raises:
+        UnknownNameError: no such variant.
+        SizeError: the model cannot take ``recipe.size``.
+        CheckpointError: the weights cannot be read or do not fit.
+        RecipeError: an architecture option that the system does not have.
+    """
+    start = time.perf_counter()
+    options = resolve_options(system, recipe)
+    check_size(system, recipe.size)
+    reference, weights = _with_weights(system, recipe, options)
+    deploy = system.to_deploy(reference, target).eval()
+    inputs = tuple(bind(spec, recipe.size) for spec in system.inputs)
+    record = ModelRecord(
+        system=system.name,
+        variant=recipe.variant,
+        task=system.task,
+        paper=system.paper,
+        size=recipe.size,
+        parameters=_parameters(reference),
+        deploy_parameters=_parameters(deploy),
+        macs=count_macs(system, options, recipe.size),
+        weights=weights,
+        preprocess=recipe.preprocess.record(),
+        form=system.forms[target].name,
+        form_reason=system.forms[target].reason,
+        drift=measure_drift(system, reference, deploy, inputs),
+        seconds=time.perf_counter() - start,
+    )
+    return Loaded(system=system, reference=reference, deploy=deploy, inputs=inputs, record=record)
+
+
+def resolve_options(system: System, recipe: Recipe) -> dict[str, Any]:
+    """Merge the variant's architecture options with the recipe's.
+
+    Raises:
+        UnknownNameError: no such variant.
+        RecipeError: an option that the variant does not have.
+    """
+    if recipe.variant not in system.variants:
+        raise UnknownNameError(
+            f"{system.name} has no variant {recipe.variant!r}", hint=did_you_mean(recipe.variant, system.variants)
+        )
+    options = dict(system.variants[recipe.variant].options)
+    if unknown := sorted(set(recipe.options) - set(options)):
+        hints = "; ".join(f"options.{name}: {did_you_mean(name, options)}" for name in unknown)
+        raise RecipeError(f"{system.name} has no option {', '.join(unknown)}", hint=hints)
+    return {**options, **recipe.options, "classes": recipe.classes}
+
+
+def check_size(system: System, size: Size) -> None:
+    """Refuse image sides that the model cannot take.
+
+    Raises:
+        SizeError: a side is not a multiple of the stride.
+    """
+    if any(side % system.stride for side in size):
+        near = "x".join(str(max(system.stride, round(side / system.stride) * system.stride)) for side in size)
+        raise SizeError(
+            f"size: got {size[0]}x{size[1]}, {system.name} needs multiples of {system.stride}", hint=f"--size {near}"
+        )
+
+
+def bind(spec: TensorSpec, size: Size) -> TensorSpec:
+    """Replace the symbolic axes ``height`` and ``width``; ``batch`` stays symbolic."""
+    values: dict[int | str, int] = {"height": size[0], "width": size[1]}
+    return TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(values.get(axis, axis) for axis in spec.shape))
+
+
+def example_inputs(inputs: tuple[TensorSpec, ...], batch: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Draw deterministic inputs: normal noise for floats, ones for integers."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for spec in inputs:
+        shape = [batch if axis == "batch" else int(axis) for axis in spec.shape]
+        dtype = getattr(torch, spec.dtype)
+        floating = dtype.is_floating_point
+        tensors.append(torch.randn(shape, generator=generator) if floating else torch.ones(shape, dtype=dtype))
+    return tuple(tensors)
+
+
+def count_macs(system: System, options: Options, size: Size) -> int:
+    """Count multiply-adds of one image in the training form, on the meta device (no memory, no arithmetic)."""
+    with torch.device("meta"):
+        model = system.build(options, size, system.weight_maps[0].layout)
+        inputs = [t.to("meta") for t in example_inputs(tuple(bind(s, size) for s in system.inputs), 1)]
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def measure_drift(system: System, reference: nn.Module, deploy: nn.Module, inputs: tuple[TensorSpec, ...]) -> Drift:
+    """Compare the deploy form with the training form in float32 and, re-parameterised again, in float64."""
+    images = example_inputs(inputs, 1)
+    precise = copy.deepcopy(reference).double()
+    with torch.inference_mode():
+        single = _difference(reference(*images), deploy(*images))
+        doubled = tuple(t.double() if t.is_floating_point() else t for t in images)
+        target_copy = deploy_like(system, precise, deploy)
+        double = _difference(precise(*doubled), target_copy(*doubled))
+    return Drift(
+        fp32_max_abs=single[0], fp32_relative=single[1], fp64_max_abs=double[0], fp64_relative=double[1]
+    )
+
+
+def deploy_like(system: System, precise: nn.Module, deploy: nn.Module) -> nn.Module:
+    """Re-parameterise ``precise`` for the target that ``deploy`` was made for."""
+    return system.to_deploy(precise, deploy.target).eval()
+
+
+def _difference(expected: Any, got: Any) -> tuple[float, float]:
+    pairs = zip(_tuple(expected), _tuple(got), strict=True)
+    absolute, scale = 0.0, 0.0
+    for a, b in pairs:
+        absolute = max(absolute, float((a - b).abs().max()))
+        scale = max(scale, float(a.abs().max()))
+    if scale == 0.0:
+        raise TraceError("the model's outputs are all zero; nothing can be compared", hint="check the weights")
+    return absolute, absolute / scale
+
+
+def _tuple(value: Any) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _with_weights(system: System, recipe: Recipe, options: Options) -> tuple[nn.Module, WeightsSource]:
+    if recipe.weights.partition(":")[0] == "random":
+        return _random_model(system, recipe, options)
+    path = Path(recipe.weights)
+    checkpoint = read_checkpoint(path)
+    fitted = fit_checkpoint(
+        checkpoint,
+        system.weight_maps,
+        lambda layout: empty_state(system, options, recipe.size, layout),
+        lambda: _fitting_variant(system, recipe, checkpoint.tensors),
+    )
+    model = _build_empty(system, options, recipe.size, fitted.layout)
+    model.load_state_dict(fitted.state, strict=True, assign=True)
+    source = WeightsSource(
+        kind="file",
+        statement=f"weights: {path.name} (sha256 {checkpoint.sha256[:12]}, {fitted.name} layout{checkpoint.wrapping})",
+        path=path.name,
+        sha256=checkpoint.sha256,
+        layout=fitted.name,
+    )
+    return model.eval().requires_grad_(False), source
+
+
+def _random_model(system: System, recipe: Recipe, options: Options) -> tuple[nn.Module, WeightsSource]:
+    text = recipe.weights.partition(":")[2] or "0"
+    if not (text.isascii() and text.isdigit()):
+        raise RecipeError(f"weights: got {recipe.weights!r}, expected random or random:SEED", hint="--weights random:1")
+    model = _build_empty(system, options, recipe.size, system.weight_maps[0].layout)
+    model.load_state_dict(random_state(model.state_dict(), int(text)), strict=True, assign=True)
+    statement = f"weights: random (seed {int(text)}): latency and numerics only, not accuracy"
+    source = WeightsSource(kind="random", statement=statement, seed=int(text))
+    return model.eval().requires_grad_(False), source
+
+
+def _build_empty(system: System, options: Options, size: Size, layout: str) -> nn.Module:
+    with torch.device("meta"):
+        return system.build(options, size, layout)
+
+
+def empty_state(system: System, options: Options, size: Size, layout: str) -> dict[str, torch.Tensor]:
+    """Return the state dict of a layout on the meta device: names, shapes and types without memory."""
+    return _build_empty(system, options, size, layout).state_dict()
+
+
+def _fitting_variant(system: System, recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Name another variant that the checkpoint would fit, for the error's hint; empty when there is none."""
+    from deploy.models.checkpoint import Checkpoint
+
+    for name, variant in system.variants.items():
+        options = {**variant.options, "classes": recipe.classes}
+        try:
+            fit_checkpoint(
+                Checkpoint(tensors=dict(tensors), sha256="", wrapping=""),
+                system.weight_maps,
+                lambda layout, o=options: empty_state(system, o, recipe.size, layout),
+                lambda: "",
+            )
+        except CheckpointError:
+            continue
+        return name
+    return ""

@@ -1,0 +1,222 @@
+"""Checkpoint files: read safely, unwrap, and map strictly onto a model.
+
+Pickles are opened with ``weights_only=True`` and nothing else. Nothing is loaded with ``strict=False``: a key that is
+missing, left over or of another shape is an error that names its nearest neighbours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deploy.artifacts import sha256_of
+from deploy.errors import CheckpointError, NonFiniteWeightsError, UnsafeCheckpointError
+
+# Where training frameworks put the weights, best first: released detectors and classifiers are evaluated with the EMA.
+_WRAPPERS = (
+    "ema", "model_ema", "state_dict_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module", "net",
+)  # fmt: skip
+_PREFIXES = ("module.", "model.", "_orig_mod.")
+# Bookkeeping that EMA and data-preprocessor wrappers leave among the weights.
+_BOOKKEEPING = re.compile(r"^(steps|n_averaged|num_updates|decay|data_preprocessor\..*)$")
+_SHOWN = 8
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightMap:
+    """One checkpoint layout.
+
+    Attributes:
+        name: What the report calls it.
+        layout: Passed to ``System.build``: which module the keys belong to.
+        rename: Checkpoint key to model key; a key it does not know is returned unchanged.
+    """
+
+    name: str
+    layout: str
+    rename: Callable[[str], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """The tensors of a file after unwrapping; ``wrapping`` says what was unwrapped, for the report."""
+
+    tensors: State
+    sha256: str
+    wrapping: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitted:
+    """A state dict that fits a layout of the model exactly."""
+
+    name: str
+    layout: str
+    state: State
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``; weights come back as float32 on the CPU.
+
+    Raises:
+        CheckpointError: missing, truncated, of an unknown type, or without weights.
+        UnsafeCheckpointError: a pickle that holds more than tensors and plain containers.
+        NonFiniteWeightsError: NaN or infinity, with the names of the tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file", hint="--weights PATH, or --weights random")
+    raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    tensors, wrapping = unwrap(raw, path)
+    _check_finite(tensors, path)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    return Checkpoint(tensors=state, sha256=sha256_of(path), wrapping=wrapping)
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read as safetensors: {error}", hint="download it again") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    if path.suffix not in (".pth", ".pt", ".bin", ".ckpt"):
+        raise CheckpointError(
+            f"{path.name}: unknown type {path.suffix!r}, expected .safetensors, .pth, .pt, .ckpt or .bin",
+            hint="rename it, or convert it to .safetensors",
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - this is the one place
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
+            raise _unreadable(path, error) from error
+        raise UnsafeCheckpointError(
+            f"{path.name} holds more than tensors; loading it would run code from the file: {_first_line(error)}",
+            hint="if you trust its author, convert it once: python -c \"import torch, safetensors.torch as s; "
+            f"s.save_file(torch.load('{path.name}', weights_only=False)['state_dict'], '{path.stem}.safetensors')\"",
+        ) from error
+    except Exception as error:  # torch.load raises a dozen types for broken files, depending on where they break
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} cannot be read ({path.stat().st_size} bytes): {_first_line(error)}",
+        hint="the file is truncated or not a PyTorch checkpoint; download it again",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    return re.split(r"(?<=[a-z`])\. ", (named or lines or [type(error).__name__])[0])[0][:200]
+
+
+def unwrap(raw: Any, path: Path) -> tuple[State, str]:
+    """Find the state dict inside trainers' wrappers and strip prefixes that every key has.
+
+    Returns:
+        The tensors, and a note such as ``", from ema.module"`` (empty when nothing was unwrapped).
+    """
+    steps: list[str] = []
+    while isinstance(raw, Mapping):
+        tensors = {str(k): v for k, v in raw.items() if isinstance(v, torch.Tensor) and not _BOOKKEEPING.match(str(k))}
+        inner = next((w for w in _WRAPPERS if isinstance(raw.get(w), Mapping) and raw[w]), None)
+        if len(tensors) > 1 or inner is None:
+            break
+        steps.append(inner)
+        raw = raw[inner]
+    if not isinstance(raw, Mapping) or not tensors:
+        got = sorted(map(str, raw))[:_SHOWN] if isinstance(raw, Mapping) else type(raw).__name__
+        raise CheckpointError(f"{path.name} holds no weights; got {got}", hint="expected a state dict of tensors")
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+        steps.append(prefix + "*")
+    return tensors, f", from {'.'.join(steps)}" if steps else ""
+
+
+def _check_finite(tensors: State, path: Path) -> None:
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if bad:
+        raise NonFiniteWeightsError(
+            f"{path.name}: NaN or infinity in {len(bad)} of {len(tensors)} tensors: {_listed(bad)}",
+            hint="the training diverged or the file is damaged; use another checkpoint",
+        )
+
+
+def fit_checkpoint(
+    checkpoint: Checkpoint,
+    maps: tuple[WeightMap, ...],
+    template: Callable[[str], Mapping[str, torch.Tensor]],
+    other_variant: Callable[[], str],
+) -> Fitted:
+    """Map a checkpoint onto the layout that it fits exactly.
+
+    Args:
+        checkpoint: What was read.
+        maps: Layouts to try.
+        template: Layout to the expected state dict (meta device is enough).
+        other_variant: Names a variant that would fit, for the hint; called only for an error.
+
+    Raises:
+        CheckpointError: no layout fits; lists the misfits of the nearest one.
+    """
+    problems: dict[str, list[str]] = {}
+    for weight_map in maps:
+        state, misfits = _apply(weight_map, checkpoint.tensors, template(weight_map.layout))
+        if not misfits:
+            return Fitted(name=weight_map.name, layout=weight_map.layout, state=state)
+        problems[weight_map.name] = misfits
+    nearest = min(problems, key=lambda name: len(problems[name]))
+    listing = "\n".join(f"  {line}" for line in problems[nearest][: 3 * _SHOWN])
+    more = len(problems[nearest]) - 3 * _SHOWN
+    listing += f"\n  ... and {more} more" if more > 0 else ""
+    fitting = other_variant()
+    heads = any("shape" in line and "head" in line for line in problems[nearest])
+    hint = f"it fits --variant {fitting}" if fitting else "check --variant and the file"
+    hint = "another number of classes? --set classes=N" if heads and len(problems[nearest]) <= 2 else hint
+    raise CheckpointError(f"the checkpoint does not fit; nearest layout {nearest!r}:\n{listing}", hint=hint)
+
+
+def _apply(
+    weight_map: WeightMap, tensors: State, expected: Mapping[str, torch.Tensor]
+) -> tuple[State, list[str]]:
+    state: State = {}
+    origin: dict[str, str] = {}
+    misfits = []
+    for key, tensor in tensors.items():
+        name = weight_map.rename(key)
+        if name in state:
+            misfits.append(f"twice: {key} and {origin[name]} both map to {name}")
+        state[name], origin[name] = tensor, key
+    unexpected = [k for k in state if k not in expected]
+    for name in expected:
+        if name not in state:
+            misfits.append(f"missing: {name}{_nearest(name, [origin[k] for k in unexpected])}")
+        elif state[name].shape != expected[name].shape:
+            got, want = tuple(state[name].shape), tuple(expected[name].shape)
+            misfits.append(f"shape: {origin[name]} is {got}, {name} needs {want}")
+    free = [name for name in expected if name not in state]
+    misfits.extend(f"unexpected: {origin[k]}{_nearest(k, free)}" for k in unexpected)
+    return state, misfits
+
+
+def _nearest(name: str, candidates: list[str]) -> str:
+    near = difflib.get_close_matches(name, candidates[:200], n=1, cutoff=0.6)
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

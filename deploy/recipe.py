@@ -1,0 +1,377 @@
+"""What a person asks for: a YAML recipe, merged with defaults and options into one validated ``Recipe``.
+
+Precedence, lowest first: system default, YAML, the YAML's section for the chosen variant, command-line option,
+``--set a.b=value``. Every mistake is reported at once, each with the place where it was written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from deploy.errors import EffdeployError, RecipeError, SizeError, UnknownNameError, did_you_mean
+from deploy.records import Batch, Precision, Preprocess, Target, Tolerance
+
+Keys = tuple[str, ...]
+
+
+def _parse_size(value: Any) -> tuple[int, int]:
+    """Read 224, "224", "384x512" (height x width) or [384, 512]."""
+    if isinstance(value, (list, tuple)):
+        parts = [str(v) for v in value]
+    else:
+        parts = str(value).lower().split("x")
+    if len(parts) not in (1, 2) or not all(re.fullmatch(r"[1-9][0-9]{0,4}", p) for p in parts):
+        raise ValueError(f"got {value!r}, expected a side such as 224 or HEIGHTxWIDTH such as 384x512")
+    return int(parts[0]), int(parts[-1])
+
+
+def _parse_batch(value: Any) -> Batch:
+    if isinstance(value, Batch):
+        return value
+    try:
+        return Batch.parse(value)
+    except RecipeError as error:
+        raise ValueError(error.message.removeprefix("batch: ")) from error
+
+
+Size = Annotated[
+    tuple[int, int],
+    BeforeValidator(_parse_size, json_schema_input_type=int | str),
+    PlainSerializer(lambda s: f"{s[0]}x{s[1]}", return_type=str),
+]
+BatchField = Annotated[
+    Batch, BeforeValidator(_parse_batch, json_schema_input_type=int | str), PlainSerializer(str, return_type=str)
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TraceSection(_Section):
+    """How PyTorch is exported."""
+
+    opset: int | None = Field(None, ge=18, le=25, description="ONNX opset; default: what the target prefers")
+    attention_op: bool = Field(False, description="allow opset 23+, where the exporter writes the Attention op")
+
+
+class PassesSection(_Section):
+    """How the graph is patched."""
+
+    verify_each: bool = Field(False, description="compare outputs before and after every pass")
+
+
+class PrecisionSection(_Section):
+    """What stays float32 in a reduced-precision graph, besides the documented policy."""
+
+    keep_fp32: tuple[str, ...] = Field((), description="regular expressions on node names (module path/OpType)")
+
+
+class EngineSection(_Section):
+    """Which runtime builds the engine, and how."""
+
+    backend: str = Field("onnxruntime", description="onnxruntime, tensorrt or tensorrt_rtx")
+    sm: tuple[int, ...] = Field((), description="CUDA compute capabilities for ahead-of-time builds, e.g. [80, 89]")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: the runtime's default")
+    level: int = Field(3, ge=0, le=5, description="TensorRT builder optimisation level")
+    workspace: int = Field(0, ge=0, description="TensorRT workspace limit in bytes; 0: no limit")
+    tf32: bool = Field(False, description="let FP32 matrix products use TF32 on a GPU")
+
+
+class ToleranceSection(_Section):
+    """Parity limits of one precision; an absent value is not judged."""
+
+    max_relative: float | None = Field(None, gt=0, lt=1, description="max|difference| / max|reference|")
+    cosine: float | None = Field(None, gt=0, le=1)
+    snr_db: float | None = Field(None, gt=0)
+    top1: float | None = Field(None, ge=0, le=1, description="share of images with the same best class")
+    top5: float | None = Field(None, ge=0, le=1)
+
+    def record(self) -> Tolerance:
+        """Return the record that travels."""
+        return Tolerance(**self.model_dump())
+
+
+class ParitySection(_Section):
+    """How outputs are compared with PyTorch."""
+
+    images: Path | None = Field(None, description="folder of real photos, added to the deterministic pack")
+    max_images: int = Field(32, ge=1, description="at most this many photos")
+    seed: int = Field(0, ge=0)
+    tolerances: Mapping[Precision, ToleranceSection] = Field(default_factory=dict)
+
+
+class BenchSection(_Section):
+    """How latency is measured."""
+
+    warmup_seconds: float = Field(0.5, ge=0, le=600)
+    seconds: float = Field(3.0, gt=0, le=3600, description="at least this long per candidate")
+    rounds: int = Field(20, ge=3, le=100000, description="at least this many interleaved rounds")
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads of every candidate")
+    baselines: tuple[Literal["eager", "compile", "naive"], ...] = ()
+
+
+class PreprocessSection(_Section):
+    """How an image becomes the input."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop: float = Field(0.875, gt=0, le=1)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+
+    def record(self) -> Preprocess:
+        """Return the record that travels."""
+        return Preprocess(**self.model_dump())
+
+
+class Recipe(_Section):
+    """One resolved recipe: everything that decides what a run does."""
+
+    system: str = Field(description="which model family, see `effdeploy list`")
+    variant: str = Field(description="which size of it")
+    size: Size = Field(description="input side, or HEIGHTxWIDTH")
+    batch: BatchField = Field(default_factory=Batch, description="a number, or min:opt:max")
+    precision: Precision = Precision.FP32
+    weights: str = Field("random", description="a checkpoint file, random, or random:SEED")
+    classes: int = Field(1000, ge=1, le=1_000_000)
+    target: Target | None = Field(None, description="runtime family to lower the graph for; default: the backend's")
+    options: Mapping[str, Any] = Field(default_factory=dict, description="architecture options of the system")
+    trace: TraceSection = TraceSection()
+    passes: PassesSection = PassesSection()
+    typing: PrecisionSection = PrecisionSection()
+    engine: EngineSection = EngineSection()
+    parity: ParitySection = ParitySection()
+    bench: BenchSection = BenchSection()
+    preprocess: PreprocessSection = PreprocessSection()
+
+    def to_data(self) -> dict[str, Any]:
+        """Return plain JSON data that resolves to this recipe again."""
+        data: dict[str, Any] = self.model_dump(mode="json")
+        return data
+
+    def to_yaml(self) -> str:
+        """Return YAML that resolves to this recipe again."""
+        return yaml.safe_dump(self.to_data(), sort_keys=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One source of settings. ``places`` says where each key was written, for error messages."""
+
+    name: str
+    data: Mapping[str, Any]
+    places: Mapping[Keys, str] = field(default_factory=dict)
+    variants: Mapping[str, Layer] = field(default_factory=dict)
+
+
+def configs_folder() -> Path:
+    """Return the folder of the shipped recipes: inside the wheel, or beside the package in a checkout."""
+    inside = Path(__file__).parent / "export_configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "export_configs"
+
+
+def read_yaml(path: Path) -> Layer:
+    """Read a recipe file and remember the line of every key.
+
+    Raises:
+        RecipeError: it cannot be read, is not YAML, is not a mapping, or has a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}", hint="effdeploy list shows the shipped recipes") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}", hint="see export_configs/ for examples") from error
+    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
+        raise RecipeError(f"{path}: got {type(data).__name__}, expected keys and values", hint="see export_configs/")
+    places: dict[Keys, str] = {}
+    duplicates: list[str] = []
+    _collect_places(root, (), path.name, places, duplicates)
+    if duplicates:
+        raise RecipeError(f"{path}:\n" + "\n".join(f"  {d}" for d in duplicates), hint="remove one of each")
+    return _split_variants(path, data, places)
+
+
+def _split_variants(path: Path, data: dict[str, Any], places: dict[Keys, str]) -> Layer:
+    sections = data.pop("variants", None) or {}
+    if not isinstance(sections, dict) or not all(isinstance(v, (dict, type(None))) for v in sections.values()):
+        raise RecipeError(f"{places[('variants',)]}: variants: expected a mapping of variant to settings")
+    variants = {}
+    for name, section in sections.items():
+        prefix = ("variants", str(name))
+        inner = {k[2:]: v for k, v in places.items() if k[:2] == prefix and len(k) > 2}
+        variants[str(name)] = Layer(name=f"{path.name} ({name})", data=section or {}, places=inner)
+    return Layer(name=path.name, data=data, places=places, variants=variants)
+
+
+def _collect_places(
+    node: yaml.Node | None, keys: Keys, file: str, places: dict[Keys, str], duplicates: list[str]
+) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value in node.value:
+            inner = (*keys, str(key_node.value))
+            place = f"{file}:{key_node.start_mark.line + 1}"
+            if inner in places:
+                duplicates.append(f"{place}: {'.'.join(inner)}: given twice, first at {places[inner]}")
+            places[inner] = place
+            _collect_places(value, inner, file, places, duplicates)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            inner = (*keys, str(index))
+            places[inner] = f"{file}:{value.start_mark.line + 1}"
+            _collect_places(value, inner, file, places, duplicates)
+
+
+def layer_of_assignments(assignments: Iterable[str]) -> Layer:
+    """Read ``--set a.b=value`` options; values are YAML scalars or lists.
+
+    Raises:
+        RecipeError: an assignment without ``=`` or with an empty key.
+    """
+    data: dict[str, Any] = {}
+    places: dict[Keys, str] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        keys = tuple(name.strip().split("."))
+        if not equals or not all(keys):
+            raise RecipeError(f"--set {assignment}: expected KEY=VALUE", hint="--set bench.threads=4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {assignment}: the value is not valid YAML", hint="quote it") from error
+        _assign(data, keys, value, assignment)
+        places[keys] = f"--set {name.strip()}"
+    return Layer(name="--set", data=data, places=places)
+
+
+def _assign(data: dict[str, Any], keys: Keys, value: Any, assignment: str) -> None:
+    for key in keys[:-1]:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {assignment}: {key} was already set to a value", hint="set one of them")
+    data[keys[-1]] = value
+
+
+def layer_of_options(options: Mapping[str, Any]) -> Layer:
+    """Read command-line options given as ``{"engine.backend": ("--backend", value)}``; ``None`` values are absent."""
+    data: dict[str, Any] = {}
+    places: dict[Keys, str] = {}
+    for dotted, (flag, value) in options.items():
+        if value is not None:
+            keys = tuple(dotted.split("."))
+            _assign(data, keys, value, flag)
+            places[keys] = flag
+    return Layer(name="command line", data=data, places=places)
+
+
+def resolve(layers: Sequence[Layer]) -> Recipe:
+    """Merge the layers, lowest precedence first, and validate the result.
+
+    Raises:
+        RecipeError: lists every mistake with its place; also those in variants that were not chosen.
+        SizeError: the only mistakes are in ``size``.
+    """
+    variant = next((layer.data["variant"] for layer in reversed(layers) if "variant" in layer.data), None)
+    mistakes: dict[str, Keys] = {}
+    recipe = _validate(_with_variant(layers, str(variant)), mistakes)
+    for layer in layers:
+        for other in layer.variants:
+            if other != variant:
+                _validate([*layers, layer.variants[other]], mistakes)
+    if mistakes or recipe is None:
+        listing = "\n".join(f"  {m}" for m in mistakes)
+        kind: type[EffdeployError] = SizeError if {k[:1] for k in mistakes.values()} == {("size",)} else RecipeError
+        count = f"{len(mistakes)} mistake{'s' if len(mistakes) != 1 else ''}"
+        raise kind(f"{count} in the recipe:\n{listing}", hint="keys and types: export_configs/recipe.schema.json")
+    return recipe
+
+
+def _with_variant(layers: Sequence[Layer], variant: str) -> list[Layer]:
+    known = [name for layer in layers for name in layer.variants]
+    chosen: list[Layer] = []
+    for layer in layers:
+        chosen.append(layer)
+        if variant in layer.variants:
+            chosen.append(layer.variants[variant])
+    if known and variant not in known:
+        raise UnknownNameError(f"variant {variant!r} is not known", hint=did_you_mean(variant, known))
+    return chosen
+
+
+def _validate(layers: Sequence[Layer], mistakes: dict[str, Keys]) -> Recipe | None:
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer.data)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        for problem in error.errors():
+            keys = tuple(str(k) for k in problem["loc"])
+            mistakes.setdefault(_sentence(keys, problem, layers), keys)
+        return None
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping):
+            inner = base.get(key)
+            base[key] = dict(inner) if isinstance(inner, Mapping) else {}
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _sentence(keys: Keys, problem: Mapping[str, Any], layers: Sequence[Layer]) -> str:
+    place = next(
+        (
+            layer.places[keys[:depth]]
+            for depth in range(len(keys), 0, -1)
+            for layer in reversed(layers)
+            if keys[:depth] in layer.places
+        ),
+        "recipe",
+    )
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: {'.'.join(keys)}: no such key; {did_you_mean(keys[-1], _known_keys(keys[:-1]))}"
+    text = str(problem["msg"]).removeprefix("Value error, ")
+    got = "" if text.startswith("got ") or problem["type"] == "missing" else f" (got {problem['input']!r})"
+    return f"{place}: {'.'.join(keys)}: {text}{got}"
+
+
+def _known_keys(path: Keys) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for key in path:
+        kind = section.model_fields[key].annotation if key in section.model_fields else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return list(ToleranceSection.model_fields)
+        section = kind
+    return list(section.model_fields)
+
+
+def json_schema() -> str:
+    """Return the JSON schema of a recipe file, for editors; ``export_configs/recipe.schema.json`` holds it."""
+    schema = Recipe.model_json_schema(mode="validation")
+    schema.pop("required", None)
+    schema["title"] = "effdeploy recipe"
+    properties = dict(schema["properties"])
+    definition = {"type": "object", "additionalProperties": False, "properties": properties}
+    schema["$defs"] = {**schema.get("$defs", {}), "Variant": definition}
+    schema["properties"] = {
+        **properties,
+        "variants": {"type": "object", "additionalProperties": {"anyOf": [{"$ref": "#/$defs/Variant"}, {"type": "null"}]}},
+    }
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":  # python -m deploy.recipe > export_configs/recipe.schema.json
+    print(json_schema(), end="")
