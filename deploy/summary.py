@@ -1,0 +1,152 @@
+"""What a run comes to, in a few lines: the same words on the terminal and at the head of a report.
+
+Everything here is read from the ``RunRecord``; nothing is measured and nothing is assumed. What a run did not do is
+said ("not run: ..."), never left out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from deploy import units
+
+if TYPE_CHECKING:
+    from deploy.records import BenchRecord, Comparison, EngineRecord, Latency, Ratio, RunRecord
+
+PASSED, FAILED, INCOMPLETE = "PASSED", "FAILED", "INCOMPLETE"
+PASSED_UNRUN = "PASSED, ENGINE NOT RUN"
+_ROAD = ("model", "trace", "passes", "precision", "engine", "parity", "latency", "report")
+
+
+def status(run: RunRecord) -> str:
+    """Return the one word that heads everything: nothing has passed where nothing was judged.
+
+    ``PASSED_UNRUN`` is for engines that this machine can build but not run: their graph passed, they themselves are
+    unproven.
+    """
+    broken = run.parity is not None and not (run.parity.ok and all(c.passed for c in run.parity.comparisons))
+    if not run.ok or broken or not all(e.audit.ok for e in run.engines):
+        return FAILED
+    if run.parity is None or not run.parity.comparisons:
+        return INCOMPLETE
+    return PASSED if any(e.runnable for e in run.engines) else PASSED_UNRUN
+
+
+def why_missing(run: RunRecord, stage: str) -> str:
+    """Say why the record of a stage is not there: ``"not run: the run stopped after trace (--until trace)"``."""
+    until = run.until.value
+    if _ROAD.index(until) < _ROAD.index(stage):
+        return f"not run: the run stopped after {until} (--until {until})"
+    if stage == "latency" and run.engines and not any(e.runnable for e in run.engines):
+        return f"not run: {reason_not_runnable(run.engines[0])}"
+    return "not run: the record of this run has none"
+
+
+def reason_not_runnable(engine: EngineRecord) -> str:
+    """Say why an engine was built but not run here."""
+    return engine.reason or f"{engine.artifact.name} cannot run on this machine; the record gives no reason"
+
+
+def precision_asked(run: RunRecord) -> str:
+    """Return the asked precision: ``"asked fp16"``, or why nothing is known."""
+    return f"asked {run.precision.precision.value}" if run.precision else why_missing(run, "precision")
+
+
+def precision_ran(run: RunRecord) -> tuple[tuple[str, str, bool], ...]:
+    """Return for each engine its name, the audit's statement, and whether it is what was asked."""
+    return tuple((engine_name(e), e.audit.statement, e.audit.ok) for e in run.engines)
+
+
+def engine_name(engine: EngineRecord) -> str:
+    """Return backend and device: ``"onnxruntime on cpu"``."""
+    return f"{engine.backend} on {engine.device}"
+
+
+def worst(comparisons: tuple[Comparison, ...]) -> Comparison | None:
+    """Return the comparison with the largest relative error; NaN counts as the worst of all."""
+    return max(comparisons, key=lambda c: math.inf if math.isnan(c.max_relative) else c.max_relative, default=None)
+
+
+def last_stage(run: RunRecord) -> tuple[Comparison, ...]:
+    """Return the comparisons of the last judged stage: the engine's, when one ran."""
+    if run.parity is None or not run.parity.comparisons:
+        return ()
+    stage = run.parity.comparisons[-1].stage
+    return tuple(c for c in run.parity.comparisons if c.stage == stage)
+
+
+def main_latencies(bench: BenchRecord) -> tuple[Latency, ...]:
+    """Return what was measured for the run itself: every candidate that is no baseline."""
+    baselines = {r.baseline for r in bench.ratios}
+    return tuple(c for c in bench.latencies if c.name not in baselines)
+
+
+def ratios_of(bench: BenchRecord, latency: Latency) -> tuple[Ratio, ...]:
+    """Return the comparisons of one candidate, best known baselines in the order they were measured."""
+    return tuple(r for r in bench.ratios if r.name == latency.name and r.batch == latency.batch)
+
+
+def model_line(run: RunRecord) -> str:
+    """Return system, variant, size, batch, parameters and multiply-adds in one line."""
+    m = run.model
+    batch = f", batch {run.trace.batch}" if run.trace else ""
+    height, width = m.size
+    return (
+        f"{m.system} {m.variant}, {height}x{width}{batch}, "
+        f"{units.millions(m.deploy_parameters)} parameters, {units.giga(m.macs)} multiply-adds"
+    )
+
+
+def parity_rows(run: RunRecord) -> list[tuple[str, ...]]:
+    """Return a row per stage and output: stage, largest relative error, cosine, top-1, verdict."""
+    if run.parity is None:
+        return []
+    several = len({c.output for c in run.parity.comparisons}) > 1
+    return [
+        (
+            f"{c.stage}: {c.output}" if several else c.stage,
+            units.number(c.max_relative),
+            units.cosine(c.cosine),
+            "not judged" if c.top1 is None else units.percent(c.top1),
+            "pass" if c.passed else "FAIL: " + "; ".join(c.failures),
+        )
+        for c in run.parity.comparisons
+    ]
+
+
+def latency_rows(run: RunRecord) -> list[tuple[str, ...]]:
+    """Return a row per candidate: name, batch, p50, ratio to each baseline."""
+    if run.bench is None:
+        return []
+    return [
+        (
+            c.name,
+            str(c.batch),
+            units.milliseconds(c.p50),
+            "; ".join(f"{units.ratio(r.median, r.p10, r.p90)} {r.baseline}" for r in ratios_of(run.bench, c)) or "-",
+        )
+        for c in run.bench.latencies
+    ]
+
+
+def file_sizes(run: RunRecord) -> str:
+    """Return every file with its size in one line."""
+    return ", ".join(f"{name} {units.size(size)}" for name, size, _ in files(run)) or why_missing(run, "trace")
+
+
+def files(run: RunRecord) -> tuple[tuple[str, int, str], ...]:
+    """Return name, size in bytes and sha256 of each file of the bundle, each file once."""
+    stages = (run.trace, run.passes, run.precision, *run.engines)
+    found = {s.artifact.name: (s.artifact.name, s.artifact.size, s.artifact.sha256) for s in stages if s is not None}
+    return tuple(found[name] for name in sorted(found))
+
+
+def warnings_of(run: RunRecord) -> tuple[str, ...]:
+    """Return everything that a reader must know before trusting a figure."""
+    found = [f"{engine_name(e)} was built but not run: {reason_not_runnable(e)}" for e in run.engines if not e.runnable]
+    found += [f"{name}: not the asked precision: {words}" for name, words, ok in precision_ran(run) if not ok]
+    found += run.precision.warnings if run.precision else ()
+    found += run.parity.notes if run.parity else ()
+    found += run.bench.warnings if run.bench else ()
+    return tuple(dict.fromkeys(found))
