@@ -1,0 +1,1 @@
+"""Parity: what is run must give what the float32 PyTorch model gives."""

@@ -1,0 +1,236 @@
+"""Every stage against the float32 PyTorch model, on the same inputs.
+
+The reference is always the model as loaded from the checkpoint (training form), never the previous stage: small errors
+that add up over the stages stay visible. Running and pairing is polygraphy's ``Comparator``; what is measured is ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deploy.backends.base import Array, Feeds, Runner
+from deploy.errors import ParityError, RecipeError, UnknownNameError, did_you_mean
+from deploy.parity.inputs import InputPack
+from deploy.parity.metrics import TASKS, Metrics, Rows, concatenate, judge, pool, usage
+from deploy.records import Comparison, ParityRecord, Precision, Tolerance
+
+Infer = Callable[[Feeds], Mapping[str, Array]]
+
+# Below this share of its own size, the outputs hardly depend on the image.
+DEAD = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A stage to compare.
+
+    Attributes:
+        stage: "deploy form", "traced", "patched", "fp16", "engine".
+        precision: Chooses the tolerance.
+        open: Opens the stage for inference; called once, and what it gives is closed before the next one opens.
+    """
+
+    stage: str
+    precision: Precision
+    open: Callable[[], Runner]
+
+
+def check_parity(
+    reference: Infer,
+    candidates: Sequence[Candidate],
+    inputs: InputPack,
+    tolerances: Mapping[str, Tolerance],
+    *,
+    task: str = "classification",
+) -> ParityRecord:
+    """Compare every candidate with the reference and judge it.
+
+    Args:
+        reference: The float32 PyTorch model in training form: feeds -> outputs by name. It runs once per chunk.
+        candidates: The stages; each is opened, run over all inputs and closed in turn.
+        inputs: What ``deploy.parity.inputs.pack`` made.
+        tolerances: Precision -> limits.
+        task: Which comparison of ``deploy.parity.metrics.TASKS`` is used.
+
+    Returns:
+        The verdict. A broken tolerance is a verdict (``ok`` is False), not an exception.
+
+    Raises:
+        ParityError: the reference gives NaN or infinity, or a candidate's outputs do not have the reference's names and
+            shapes.
+        RecipeError: a candidate's precision has no tolerance, or one without any limit.
+        UnknownNameError: no such task.
+    """
+    start = time.perf_counter()
+    if task not in TASKS:
+        raise UnknownNameError(f"unknown task {task!r}", hint=did_you_mean(task, TASKS))
+    for candidate in candidates:
+        _require_limits(candidate.precision, tolerances)
+    with _quiet_polygraphy():
+        expected = _run("pytorch", reference, inputs)
+        notes = _reference_notes(expected, inputs)
+        comparisons = []
+        for candidate in candidates:
+            with candidate.open() as runner:
+                rows = _compare(expected, _run(candidate.stage, runner.infer, inputs), inputs, TASKS[task])
+            tolerance = tolerances[candidate.precision.value]
+            comparisons += [_comparison(candidate.stage, name, rows[name], inputs, tolerance) for name in rows]
+    used = {c.precision.value: tolerances[c.precision.value] for c in candidates}
+    precisions = {c.stage: c.precision.value for c in candidates}
+    return ParityRecord(
+        ok=all(c.passed for c in comparisons),
+        verdict=_verdict(comparisons, {stage: used[precision] for stage, precision in precisions.items()}),
+        tolerances=used,
+        comparisons=tuple(comparisons),
+        inputs=inputs.counts,
+        notes=tuple(notes),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _require_limits(precision: Precision, tolerances: Mapping[str, Tolerance]) -> None:
+    limits = tolerances.get(precision.value)
+    if limits is None or limits == Tolerance():
+        got = "none" if limits is None else "one without any limit"
+        raise RecipeError(
+            f"parity: the tolerance for {precision.value} is {got}; expected at least one limit",
+            hint=f"--set parity.{precision.value}.cosine=0.999",
+        )
+
+
+def _run(name: str, infer: Infer, inputs: InputPack) -> Any:
+    """Run all chunks and return polygraphy's RunResults with one entry."""
+    from polygraphy.comparator import Comparator
+
+    from deploy.parity.polygraphy_runner import CallableRunner
+
+    feeds = [chunk.feeds for chunk in inputs.chunks]
+    return Comparator.run([CallableRunner(name, infer, feeds[0])], data_loader=feeds)
+
+
+def _compare(
+    expected: Any,
+    got: Any,
+    inputs: InputPack,
+    compare: Callable[[Mapping[str, Array], Mapping[str, Array]], dict[str, Rows]],
+) -> dict[str, Rows]:
+    """Compare two runs and return the errors per output, padding dropped."""
+    from polygraphy.comparator import Comparator, RunResults
+
+    accuracy = Comparator.compare_accuracy(
+        RunResults([*expected, *got]), compare_func=lambda a, b: compare(dict(a.items()), dict(b.items()))
+    )
+    # Since 0.50 there is one result per comparison function; before, the result itself.
+    first = getattr(accuracy, "lst", [accuracy])[0]
+    ((_, chunks),) = first.items()
+    outputs = list(chunks[0])
+    counted = [len(chunk.groups) for chunk in inputs.chunks]
+    return {
+        name: concatenate([rows[name].take(slice(n)) for rows, n in zip(chunks, counted, strict=True)])
+        for name in outputs
+    }
+
+
+def _comparison(stage: str, output: str, rows: Rows, inputs: InputPack, tolerance: Tolerance) -> Comparison:
+    metrics = pool(rows)
+    failures = judge(metrics, tolerance)
+    groups = np.array([group for chunk in inputs.chunks for group in chunk.groups])
+    return Comparison(
+        stage=stage,
+        output=output,
+        images=metrics.images,
+        max_abs=metrics.max_abs,
+        mean_abs=metrics.mean_abs,
+        max_relative=metrics.max_relative,
+        relative_l2=metrics.relative_l2,
+        cosine=metrics.cosine,
+        snr_db=metrics.snr_db,
+        top1=metrics.top1,
+        top5=metrics.top5,
+        passed=not failures,
+        failures=failures,
+        per_input={group: pool(rows.take(groups == group)).max_relative for group in inputs.counts},
+    )
+
+
+def _reference_notes(expected: Any, inputs: InputPack) -> list[str]:
+    """Check that the reference can prove anything at all.
+
+    Raises:
+        ParityError: it gives NaN or infinity.
+    """
+    ((_, chunks),) = expected.items()
+    notes = []
+    for name in chunks[0].keys():  # noqa: SIM118  an IterationResult does not iterate over its names
+        values = np.concatenate(
+            [result[name][: len(chunk.groups)] for result, chunk in zip(chunks, inputs.chunks, strict=True)]
+        ).astype(np.float64)
+        flat = values.reshape(len(values), -1)
+        if bad := int((~np.isfinite(flat).all(axis=1)).sum()):
+            raise ParityError(
+                f"the PyTorch reference gives NaN or infinity in output {name!r} for {bad} of {len(flat)} images; "
+                "there is nothing to compare with",
+                hint="check the weights file; without --weights the road itself can be tested",
+            )
+        size = float(np.sqrt((flat**2).mean()))
+        spread = float(np.sqrt(((flat - flat.mean(axis=0)) ** 2).mean()))
+        if size == 0 or (len(flat) > 1 and spread < DEAD * size):
+            notes.append(
+                f"output {name!r} of the reference hardly depends on the image (it varies by {spread:.2g}, its size is "
+                f"{size:.2g}): parity on such a network proves little"
+            )
+    return notes
+
+
+def _verdict(comparisons: Sequence[Comparison], tolerances: Mapping[str, Tolerance]) -> str:
+    if not comparisons:
+        return "nothing was compared"
+    failed = [c for c in comparisons if not c.passed]
+    if failed:
+        first = failed[0]
+        return (
+            f"parity fails at {first.stage!r}, output {first.output!r}: {'; '.join(first.failures)} "
+            f"({len(failed)} of {len(comparisons)} comparisons fail)"
+        )
+    shares = [(*usage(_metrics_of(c), tolerances[c.stage]), c) for c in comparisons]
+    share, sentence, worst = max(shares, key=lambda s: s[0])
+    return (
+        f"parity holds over {len(comparisons)} comparisons on {worst.images} images; "
+        f"nearest to its limit is {worst.stage!r}: {sentence}, {share:.0%} used"
+    )
+
+
+def _metrics_of(c: Comparison) -> Metrics:
+    return Metrics(
+        images=c.images, nonfinite=0, max_abs=c.max_abs, mean_abs=c.mean_abs, max_relative=c.max_relative,
+        relative_l2=c.relative_l2, cosine=c.cosine, snr_db=c.snr_db, top1=c.top1, top5=c.top5,
+    )  # fmt: skip
+
+
+@contextmanager
+def _quiet_polygraphy() -> Iterator[None]:
+    """Send polygraphy's console output to logging, as debug messages: the verdict is told elsewhere, once."""
+    from polygraphy.logger import G_LOGGER
+
+    def demote(entry: logging.LogRecord) -> bool:
+        entry.levelno, entry.levelname = logging.DEBUG, "DEBUG"
+        return True
+
+    log = logging.getLogger("Polygraphy")
+    before = G_LOGGER.use_python_logging_system, G_LOGGER.colors
+    severity = G_LOGGER.VERBOSE if log.isEnabledFor(logging.DEBUG) else G_LOGGER.CRITICAL
+    log.addFilter(demote)
+    try:
+        G_LOGGER.use_python_logging_system, G_LOGGER.colors = True, False
+        with G_LOGGER.verbosity(severity):
+            yield
+    finally:
+        G_LOGGER.use_python_logging_system, G_LOGGER.colors = before
+        log.removeFilter(demote)
