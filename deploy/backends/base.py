@@ -1,4 +1,4 @@
-"""What a backend is: a module with one ``BACKEND`` that can say whether it is available, build an engine and open it."""
+"""What a backend is: a module with one ``BACKEND`` that says whether it is available, builds engines and opens them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class BuildOptions:
         level: TensorRT builder optimisation level 0..5.
         workspace: TensorRT workspace limit in bytes, 0 for no limit.
         tf32: Whether FP32 matrix products may use TF32 on the GPU. Stated, never defaulted by the runtime.
+        device: ``"auto"`` (the GPU when the runtime really has one, else the CPU), ``"cpu"`` or ``"cuda"``.
     """
 
     precision: Precision = Precision.FP32
@@ -40,6 +41,7 @@ class BuildOptions:
     level: int = 3
     workspace: int = 0
     tf32: bool = False
+    device: str = "auto"
 
 
 class Runner(Protocol):

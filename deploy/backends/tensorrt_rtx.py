@@ -1,0 +1,202 @@
+"""TensorRT-RTX: engines built ahead of time on the CPU, one for each compute capability, and a log that proves them.
+
+The network is strongly typed, so the types of the ONNX file are the types of the kernels; the verbose build log ends in
+a listing of the final fused kernels with the type of every tensor, and the audit is read from it. A kernel is one entry
+of that listing; host-side ``shape_call`` entries are not counted.
+
+TensorRT-RTX is a product of its own (its runtime compiles further on the user's GPU): a build here is strong evidence
+that TensorRT takes the graph too, but no proof of it, and says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.artifacts import artifact_of, storage_errors
+from deploy.backends.audit import audit_engine, audited, graph_types
+from deploy.backends.base import BuildOptions, Runner
+from deploy.backends.gpu import first_gpu
+from deploy.backends.trt_layers import kernels_from_log
+from deploy.errors import BackendUnavailableError, EngineBuildError
+from deploy.records import Batch, EngineRecord, Target
+
+SUPPORTED_SM = (75, 80, 86, 89, 120)
+DEFAULT_SM = (80, 89, 120)
+_INSTALL = "pip install 'effdeploy[tensorrt-rtx]'"
+_ERRORS = ("ERROR", "INTERNAL_ERROR")
+
+
+def _runtime() -> Any:
+    import tensorrt_rtx
+
+    return tensorrt_rtx
+
+
+def _collector(trt: Any) -> Any:
+    """Make a logger that keeps (severity, message) pairs in ``lines`` and prints nothing."""
+
+    class Collector(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[tuple[str, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            self.lines.append((severity.name, message))
+
+    return Collector()
+
+
+class TensorRtRtxBackend:
+    """Builds TensorRT-RTX engines on any x86-64 CPU; does not run them."""
+
+    name = "tensorrt_rtx"
+    target = Target.TENSORRT
+
+    def available(self) -> str | None:
+        """Return ``None``, or how to install TensorRT-RTX."""
+        try:
+            _runtime()
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"tensorrt_rtx cannot be imported ({error}); {_INSTALL} (Linux and Windows on x86-64)"
+        return None
+
+    def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
+        """Build one ``engine-sm<NN>.rtx`` for each of ``options.sm`` (80, 89 and 120 when empty).
+
+        Raises:
+            BackendUnavailableError: the package is missing, or a compute capability that it cannot build for.
+            EngineBuildError: its parser or builder refused the graph; the message holds the node and their words.
+            PrecisionAuditError: the kernels do not compute in the asked precision.
+        """
+        if reason := self.available():
+            raise BackendUnavailableError(reason, hint=_INSTALL)
+        targets = options.sm or DEFAULT_SM
+        if refused := sorted(set(targets) - set(SUPPORTED_SM)):
+            raise BackendUnavailableError(
+                f"TensorRT-RTX cannot build for SM {refused}: ahead-of-time builds exist for {list(SUPPORTED_SM)}",
+                hint="--sm 80,89,120; for data-center GPUs such as SM 90 or 100: --backend tensorrt on that machine",
+            )
+        return tuple(self._build_one(model, folder, options, sm) for sm in targets)
+
+    def _build_one(self, model: Path, folder: Path, options: BuildOptions, sm: int) -> EngineRecord:
+        trt = _runtime()
+        log = _collector(trt)
+        start = time.perf_counter()
+        builder = trt.Builder(log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parse(trt, network, model, log)
+        plan = builder.build_serialized_network(network, _config(trt, builder, network, options, sm))
+        seconds = time.perf_counter() - start
+        if plan is None:
+            raise EngineBuildError(
+                f"TensorRT-RTX could not build {model.name} for SM {sm}: {_complaint(log.lines)}",
+                hint="effdeploy lints for TensorRT's limits; export with --verify-each, or use --backend onnxruntime",
+            )
+        kernels = kernels_from_log("\n".join(message for _, message in log.lines))
+        audit = audited(audit_engine(options.precision, graph_types(model), kernels, "build log"))
+        path = folder / f"engine-sm{sm}.rtx"
+        with storage_errors(f"cannot write {path.name}"):
+            path.write_bytes(plan)
+        return EngineRecord(
+            backend=self.name,
+            backend_version=trt.__version__,
+            artifact=artifact_of(path, folder),
+            device=f"sm{sm}",
+            runnable=False,
+            reason=_not_run(sm),
+            audit=audit,
+            options={
+                "strongly_typed": "yes",
+                "batch": str(options.batch),
+                "tf32": str(options.tf32),
+                "level": str(options.level),
+                "workspace": str(options.workspace or "no limit"),
+            },
+            seconds=seconds,
+        )
+
+    def open(self, engine: EngineRecord, folder: Path, options: BuildOptions) -> Runner:
+        """Refuse: these engines run in TensorRT-RTX's own runtime, in the user's application.
+
+        Raises:
+            BackendUnavailableError: always, with the reason.
+        """
+        raise BackendUnavailableError(
+            f"{engine.artifact.name} was built ahead of time for {engine.device.upper()} and is not run by effdeploy",
+            hint="run it with NVIDIA's TensorRT-RTX runtime; to measure here: --backend onnxruntime or tensorrt",
+        )
+
+
+def _not_run(sm: int) -> str:
+    if first_gpu() is None:
+        return f"built ahead of time for SM{sm} on a machine without a GPU; not run"
+    return f"built ahead of time for SM{sm}; TensorRT-RTX engines are not run by effdeploy"
+
+
+def parse(trt: Any, network: Any, model: Path, log: Any) -> None:
+    """Parse an ONNX file into a network; the one border for the parser's errors.
+
+    Raises:
+        EngineBuildError: with the node, its op and the parser's words.
+    """
+    parser = trt.OnnxParser(network, log)
+    if parser.parse_from_file(str(model)):
+        return
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    words = "; ".join(_describe(error) for error in errors[:3]) or _complaint(log.lines)
+    raise EngineBuildError(
+        f"TensorRT-RTX's parser refused {model.name}: {words}",
+        hint="every input of a node must have one type and every op must be one that TensorRT has",
+    )
+
+
+def _describe(error: Any) -> str:
+    where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_name() else ""
+    return f"{where}{_own_words(error.desc())} [{error.code().name}]"
+
+
+def _own_words(text: str) -> str:
+    """Keep what the parser says; drop its source positions and the missing driver, which is no error in a CPU build."""
+    lines = [line for line in text.splitlines() if "cudaError" not in line and not line.startswith("Invalid Node")]
+    return re.sub(r"\s*In \w+ at \S+:\d+", "", " ".join(lines) or text).strip()[:400]
+
+
+def _complaint(lines: Sequence[tuple[str, str]]) -> str:
+    said = [_own_words(message) for severity, message in lines if severity in _ERRORS and "cudaError" not in message]
+    return "; ".join(dict.fromkeys(said[:3])) or "it gave no reason"
+
+
+def _config(trt: Any, builder: Any, network: Any, options: BuildOptions, sm: int) -> Any:
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the listing lacks names and types
+    config.builder_optimization_level = options.level
+    if options.workspace:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    _add_profile(builder, config, network, options.batch)
+    return config
+
+
+def _add_profile(builder: Any, config: Any, network: Any, batch: Batch) -> None:
+    """Give every dynamic input its range; -1 stands for the batch axis, the only one that is ever dynamic."""
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    dynamic = [tensor for tensor in inputs if -1 in tuple(tensor.shape)]
+    if not dynamic:
+        return
+    profile = builder.create_optimization_profile()
+    for tensor in dynamic:
+        shapes = [tuple(size if n == -1 else n for n in tensor.shape) for size in (batch.min, batch.opt, batch.max)]
+        profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+
+
+BACKEND = TensorRtRtxBackend()
