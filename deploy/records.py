@@ -286,6 +286,7 @@ class Comparison:
     passed: bool
     failures: tuple[str, ...]
     per_input: Mapping[str, float] = field(default_factory=dict)  # input group -> max_relative
+    precision: str = ""  # the key of ParityRecord.tolerances that judged it
 
 
 @record

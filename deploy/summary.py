@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PASSED, FAILED, INCOMPLETE = "PASSED", "FAILED", "INCOMPLETE"
 PASSED_UNRUN = "PASSED, ENGINE NOT RUN"
-_ROAD = ("model", "trace", "passes", "precision", "engine", "parity", "latency", "report")
+ROAD = ("model", "trace", "passes", "precision", "engine", "parity", "latency", "report")
 
 
 def status(run: RunRecord) -> str:
@@ -36,7 +36,7 @@ def status(run: RunRecord) -> str:
 def why_missing(run: RunRecord, stage: str) -> str:
     """Say why the record of a stage is not there: ``"not run: the run stopped after trace (--until trace)"``."""
     until = run.until.value
-    if _ROAD.index(until) < _ROAD.index(stage):
+    if ROAD.index(until) < ROAD.index(stage):
         return f"not run: the run stopped after {until} (--until {until})"
     if stage == "latency" and run.engines and not any(e.runnable for e in run.engines):
         return f"not run: {reason_not_runnable(run.engines[0])}"

@@ -37,6 +37,10 @@ from deploy.records import (
     WeightsSource,
 )
 
+_MODULES = (
+    ("stages.0", 0.171), ("stages.1", 0.183), ("stages.2", 0.402), ("stages.3", 0.181), ("patch_embed", 0.041),
+    ("head", 0.022),
+)  # fmt: skip
 STATEMENT = "weights: random (seed 0): latency and numerics only, not accuracy"
 
 
@@ -272,7 +276,8 @@ def _engine() -> EngineRecord:
 def _comparison(stage: str, relative: float, *, cosine: float, snr: float) -> Comparison:
     return Comparison(
         stage=stage, output="logits", images=24, max_abs=relative * 4.19, mean_abs=relative * 0.8,
-        max_relative=relative, relative_l2=relative * 0.6, cosine=cosine, snr_db=snr, top1=1.0, top5=1.0, passed=True, failures=(),
+        max_relative=relative, relative_l2=relative * 0.6, cosine=cosine, snr_db=snr,
+        top1=1.0, top5=1.0, passed=True, failures=(),
         per_input={"noise": relative * 0.7, "natural": relative, "extremes": relative * 0.9},
     )  # fmt: skip
 
@@ -325,9 +330,6 @@ def _bench() -> BenchRecord:
         ),
         warnings=("the clock of this machine is shared: CoV of eager is 3.1 %, above 2.5 %",),
         method="wall clock, 3 s warm-up, 120 interleaved rounds, 1 thread",
-        modules={
-            "stages.0": 0.171, "stages.1": 0.183, "stages.2": 0.402, "stages.3": 0.181,
-            "patch_embed": 0.041, "head": 0.022,
-        },  # fmt: skip
+        modules=dict(_MODULES),
         seconds=61.2,
-    )  # fmt: skip
+    )

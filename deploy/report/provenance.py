@@ -1,0 +1,113 @@
+"""The sections that let a reader repeat a run: files, environment, recipe, commands."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+
+from deploy import summary, units
+from deploy.records import RunRecord, TraceRecord, to_json
+from deploy.report.blocks import WARN, Block, Cell, Code, Details, Facts, Section, Table, Text, cells
+
+
+def files(run: RunRecord) -> Section:
+    """List every file of the bundle with its size and hash."""
+    found = summary.files(run)
+    if not found:
+        return Section(slug="files", title="Files", blocks=(Text(text=summary.why_missing(run, "trace"), tone=WARN),))
+    rows = tuple(
+        cells(Cell(text=name, code=True), units.size(size), Cell(text=sha256, code=True))
+        for name, size, sha256 in found
+    )
+    table = Table(
+        title="Files of the bundle", columns=("file", "size", "sha256"), rows=rows, numeric=frozenset({"size"})
+    )
+    return Section(slug="files", title="Files", blocks=(table, _seconds(run)))
+
+
+def _seconds(run: RunRecord) -> Block:
+    order = {stage: i for i, stage in enumerate(summary.ROAD)}
+    taken = sorted(run.stage_seconds.items(), key=lambda item: (order.get(item[0], len(order)), item[0]))
+    rows = tuple((stage, Cell(text=units.seconds(value))) for stage, value in taken)
+    return Details(summary="Time per stage of the export", blocks=(Facts(rows=rows),))
+
+
+def environment(run: RunRecord) -> Section:
+    """Name the machine and the versions."""
+    e, w, p = run.environment, run.model.weights, run.model.preprocess
+    machine = (("cpu", e.cpu), ("cores", str(e.cores)), ("gpu", e.gpu), ("platform", e.platform), ("python", e.python))
+    weights = (("kind", w.kind), ("layout", w.layout), ("sha256", w.sha256)) if w.sha256 else (("kind", w.kind),)
+    image = (
+        f"crop {p.crop:g}, {p.interpolation}, mean {', '.join(f'{v:g}' for v in p.mean)}, "
+        f"std {', '.join(f'{v:g}' for v in p.std)}"
+    )
+    rows = [
+        *machine,
+        ("effdeploy", run.effdeploy),
+        *sorted(e.packages.items()),
+        *((f"weights {name}", value) for name, value in weights if value),
+        ("preprocessing", image),
+        ("paper", run.model.paper),
+    ]
+    facts = Facts(rows=tuple((name, Cell(text=value)) for name, value in rows))
+    return Section(slug="environment", title="Environment", blocks=(facts,))
+
+
+def recipe(run: RunRecord) -> Section:
+    """Give the resolved recipe; JSON is YAML, so it can be saved and used again."""
+    text = json.dumps(to_json(run.recipe), indent=2, sort_keys=True, ensure_ascii=False)
+    block = Details(summary="Resolved recipe (JSON is YAML)", blocks=(Code(text=text, language="json"),))
+    return Section(slug="recipe", title="Recipe", blocks=(block,))
+
+
+def reproduce(run: RunRecord) -> Section:
+    """Give the command lines that make and check the same files."""
+    blocks: list[Block] = [Code(text=export_command(run))]
+    if polygraphy := polygraphy_commands(run):
+        words = "Without effdeploy, in the bundle's folder: typed file against traced file on the same seeded inputs."
+        blocks += [Text(text=words), Code(text=polygraphy)]
+    return Section(slug="reproduce", title="Reproduce", blocks=tuple(blocks))
+
+
+def export_command(run: RunRecord) -> str:
+    """Return the ``effdeploy export`` line for what the record says was asked."""
+    m = run.model
+    words = ["effdeploy", "export", m.system, "--variant", m.variant, "--size", f"{m.size[0]}x{m.size[1]}"]
+    if run.trace:
+        words += ["--batch", str(run.trace.batch)]
+    if run.precision:
+        words.append(f"--{run.precision.precision.value}")
+    if run.engines:
+        words += ["--backend", run.engines[0].backend]
+    if m.weights.path:
+        words += ["--weights", m.weights.path]
+    baselines = dict.fromkeys(r.baseline for r in run.bench.ratios) if run.bench else {}
+    if baselines:
+        words += ["--baseline", ",".join(baselines)]
+    return shlex.join(words)
+
+
+def polygraphy_commands(run: RunRecord) -> str:
+    """Return two ``polygraphy run`` lines that hold the typed file against the traced one on ONNX Runtime."""
+    if run.trace is None or run.precision is None:
+        return ""
+    seeded = ["--onnxrt", "--seed", "0", *_input_shapes(run.trace)]
+    first = ["polygraphy", "run", run.trace.artifact.name, *seeded, "--save-outputs", "traced.json"]
+    second = ["polygraphy", "run", run.precision.artifact.name, *seeded, "--load-outputs", "traced.json"]
+    tolerance = run.parity.tolerances.get(run.precision.precision.value) if run.parity else None
+    if tolerance and tolerance.cosine is not None:
+        second += ["--compare", "cosine_similarity", "--cosine-similarity-threshold", repr(tolerance.cosine)]
+    return f"{shlex.join(first)}\n{shlex.join(second)}"
+
+
+def _input_shapes(trace: TraceRecord) -> list[str]:
+    fixed = []
+    for spec in trace.inputs:
+        if any(isinstance(axis, str) for axis in spec.shape):
+            shape = ",".join(str(trace.batch.opt if isinstance(a, str) else a) for a in spec.shape)
+            fixed.append(f"{spec.name}:[{shape}]")
+    return ["--input-shapes", *fixed] if fixed else []
+
+
+SECTIONS: tuple[Callable[[RunRecord], Section], ...] = (files, environment, recipe, reproduce)
