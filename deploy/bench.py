@@ -67,8 +67,8 @@ class BenchOptions:
         warmup_seconds: Per candidate, before anything is recorded.
         min_seconds: Recorded wall time per candidate, at least.
         min_rounds: Rounds, at least; a ratio needs several.
-        max_seconds: Recorded wall time per candidate after which the rounds end although ``min_rounds`` is not reached
-            (three rounds are always run).
+        max_seconds: Recorded wall time of the slowest candidate after which the rounds end although the others have
+            less than asked; not below ``min_seconds``, and three rounds are always run.
         slice_seconds: Time that a candidate gets in one round; a call that takes longer gets one call.
     """
 
@@ -176,8 +176,9 @@ def _call(candidate: BenchCandidate) -> None:
 def _rounds(tracks: list[_Track], options: BenchOptions, clocks: Clocks) -> None:
     number = 0
     while _unfinished(tracks, number, options):
-        turn = number % len(tracks)
-        order = tracks[turn:] + tracks[:turn]
+        first = number // 2 % len(tracks)
+        order = tracks[first:] + tracks[:first]
+        # Each order is followed by its mirror image, so a steady drift favours nobody.
         for track in order if number % 2 == 0 else reversed(order):
             _slice(track, clocks)
         number += 1
@@ -187,7 +188,7 @@ def _unfinished(tracks: list[_Track], number: int, options: BenchOptions) -> boo
     if number < 3:
         return True
     shortest, longest = min(sum(t.wall) for t in tracks) / 1e9, max(sum(t.wall) for t in tracks) / 1e9
-    if longest >= options.max_seconds:
+    if longest >= max(options.max_seconds, options.min_seconds):
         return False
     return shortest < options.min_seconds or number < options.min_rounds
 

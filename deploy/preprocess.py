@@ -53,7 +53,7 @@ def find_images(folder: Path, limit: int) -> list[Path]:
         ImageError: the folder is missing, unreadable, or holds no image.
     """
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+        found = sorted(path for path in folder.iterdir() if _is_image(path))
     except OSError as error:
         raise ImageError(
             f"cannot list the images in {folder}: {error.strerror or error}", hint="--images takes a folder of photos"
@@ -64,6 +64,11 @@ def find_images(folder: Path, limit: int) -> list[Path]:
             hint="--images takes a folder of photos; images in sub-folders are not looked for",
         )
     return found[:limit]
+
+
+def _is_image(path: Path) -> bool:
+    # macOS leaves "._photo.jpg" files with its own notes beside the photos.
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def preprocess(image: Path | Image.Image, size: tuple[int, int], spec: Preprocess) -> NDArray[np.float32]:
@@ -123,6 +128,8 @@ def resized(image: tuple[int, int], size: tuple[int, int], crop: float) -> tuple
 
 def _pixels(image: Image.Image, size: tuple[int, int], spec: Preprocess) -> NDArray[np.generic]:
     upright = _rgb(ImageOps.exif_transpose(image))
+    if 0 in upright.size:
+        raise ValueError("it has no pixels")
     height, width = resized((upright.height, upright.width), size, spec.crop)
     if height * width > _MAX_RESIZED_PIXELS:
         raise ValueError(

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deploy.backends.base import Array, Feeds, Runner
 from deploy.errors import ParityError, RecipeError, UnknownNameError, did_you_mean
 from deploy.parity.inputs import InputPack
-from deploy.parity.metrics import TASKS, Metrics, Rows, concatenate, judge, pool, usage
+from deploy.parity.metrics import TASKS, Rows, concatenate, judge, pool, usage
 from deploy.records import Comparison, ParityRecord, Precision, Tolerance
 
 Infer = Callable[[Feeds], Mapping[str, Array]]
@@ -76,18 +77,17 @@ def check_parity(
     with _quiet_polygraphy():
         expected = _run("pytorch", reference, inputs)
         notes = _reference_notes(expected, inputs)
-        comparisons = []
+        comparisons: list[Comparison] = []
         for candidate in candidates:
             with candidate.open() as runner:
                 rows = _compare(expected, _run(candidate.stage, runner.infer, inputs), inputs, TASKS[task])
-            tolerance = tolerances[candidate.precision.value]
-            comparisons += [_comparison(candidate.stage, name, rows[name], inputs, tolerance) for name in rows]
-    used = {c.precision.value: tolerances[c.precision.value] for c in candidates}
-    precisions = {c.stage: c.precision.value for c in candidates}
+            comparisons += [_comparison(candidate, name, rows[name], inputs, tolerances) for name in rows]
+    if not comparisons:
+        raise ParityError("nothing was compared: no stage or no output", hint="effdeploy export ... --until parity")
     return ParityRecord(
         ok=all(c.passed for c in comparisons),
-        verdict=_verdict(comparisons, {stage: used[precision] for stage, precision in precisions.items()}),
-        tolerances=used,
+        verdict=_verdict(comparisons, tolerances),
+        tolerances={c.precision: tolerances[c.precision] for c in comparisons},
         comparisons=tuple(comparisons),
         inputs=inputs.counts,
         notes=tuple(notes),
@@ -101,7 +101,7 @@ def _require_limits(precision: Precision, tolerances: Mapping[str, Tolerance]) -
         got = "none" if limits is None else "one without any limit"
         raise RecipeError(
             f"parity: the tolerance for {precision.value} is {got}; expected at least one limit",
-            hint=f"--set parity.{precision.value}.cosine=0.999",
+            hint=f"--set parity.tolerances.{precision.value}.cosine=0.999",
         )
 
 
@@ -138,12 +138,14 @@ def _compare(
     }
 
 
-def _comparison(stage: str, output: str, rows: Rows, inputs: InputPack, tolerance: Tolerance) -> Comparison:
+def _comparison(
+    candidate: Candidate, output: str, rows: Rows, inputs: InputPack, tolerances: Mapping[str, Tolerance]
+) -> Comparison:
     metrics = pool(rows)
-    failures = judge(metrics, tolerance)
+    failures = judge(metrics, tolerances[candidate.precision.value])
     groups = np.array([group for chunk in inputs.chunks for group in chunk.groups])
     return Comparison(
-        stage=stage,
+        stage=candidate.stage,
         output=output,
         images=metrics.images,
         max_abs=metrics.max_abs,
@@ -157,6 +159,7 @@ def _comparison(stage: str, output: str, rows: Rows, inputs: InputPack, toleranc
         passed=not failures,
         failures=failures,
         per_input={group: pool(rows.take(groups == group)).max_relative for group in inputs.counts},
+        precision=candidate.precision.value,
     )
 
 
@@ -169,10 +172,7 @@ def _reference_notes(expected: Any, inputs: InputPack) -> list[str]:
     ((_, chunks),) = expected.items()
     notes = []
     for name in chunks[0].keys():  # noqa: SIM118  an IterationResult does not iterate over its names
-        values = np.concatenate(
-            [result[name][: len(chunk.groups)] for result, chunk in zip(chunks, inputs.chunks, strict=True)]
-        ).astype(np.float64)
-        flat = values.reshape(len(values), -1)
+        flat = _counted(name, chunks, inputs)
         if bad := int((~np.isfinite(flat).all(axis=1)).sum()):
             raise ParityError(
                 f"the PyTorch reference gives NaN or infinity in output {name!r} for {bad} of {len(flat)} images; "
@@ -189,9 +189,21 @@ def _reference_notes(expected: Any, inputs: InputPack) -> list[str]:
     return notes
 
 
+def _counted(output: str, chunks: Sequence[Any], inputs: InputPack) -> NDArray[np.float64]:
+    """Return an output of the reference as [images, values], padding dropped."""
+    parts = []
+    for result, chunk in zip(chunks, inputs.chunks, strict=True):
+        values, images = result[output], len(next(iter(chunk.feeds.values())))
+        if values.shape[:1] != (images,):
+            raise ParityError(
+                f"output {output!r} of PyTorch has shape {list(values.shape)}, expected [{images}, ...]",
+                hint="axis 0 of every output is the image; see docs/adding_a_model.md",
+            )
+        parts.append(values[: len(chunk.groups)].reshape(len(chunk.groups), -1))
+    return np.concatenate(parts).astype(np.float64)
+
+
 def _verdict(comparisons: Sequence[Comparison], tolerances: Mapping[str, Tolerance]) -> str:
-    if not comparisons:
-        return "nothing was compared"
     failed = [c for c in comparisons if not c.passed]
     if failed:
         first = failed[0]
@@ -199,19 +211,12 @@ def _verdict(comparisons: Sequence[Comparison], tolerances: Mapping[str, Toleran
             f"parity fails at {first.stage!r}, output {first.output!r}: {'; '.join(first.failures)} "
             f"({len(failed)} of {len(comparisons)} comparisons fail)"
         )
-    shares = [(*usage(_metrics_of(c), tolerances[c.stage]), c) for c in comparisons]
-    share, sentence, worst = max(shares, key=lambda s: s[0])
+    nearest = [(*usage(c, tolerances[c.precision]), c) for c in comparisons]
+    share, sentence, worst = max(nearest, key=lambda n: n[0])
     return (
         f"parity holds over {len(comparisons)} comparisons on {worst.images} images; "
         f"nearest to its limit is {worst.stage!r}: {sentence}, {share:.0%} used"
     )
-
-
-def _metrics_of(c: Comparison) -> Metrics:
-    return Metrics(
-        images=c.images, nonfinite=0, max_abs=c.max_abs, mean_abs=c.mean_abs, max_relative=c.max_relative,
-        relative_l2=c.relative_l2, cosine=c.cosine, snr_db=c.snr_db, top1=c.top1, top5=c.top5,
-    )  # fmt: skip
 
 
 @contextmanager
@@ -225,7 +230,7 @@ def _quiet_polygraphy() -> Iterator[None]:
 
     log = logging.getLogger("Polygraphy")
     before = G_LOGGER.use_python_logging_system, G_LOGGER.colors
-    severity = G_LOGGER.VERBOSE if log.isEnabledFor(logging.DEBUG) else G_LOGGER.CRITICAL
+    severity = G_LOGGER.INFO if log.isEnabledFor(logging.DEBUG) else G_LOGGER.CRITICAL
     log.addFilter(demote)
     try:
         G_LOGGER.use_python_logging_system, G_LOGGER.colors = True, False

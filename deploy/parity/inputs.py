@@ -23,12 +23,12 @@ from deploy.records import Batch, Preprocess, TensorSpec
 IMAGES = "images"
 
 Picture = NDArray[np.float64]  # RGB in 0..1, [height, width, 3]
-ExtraFeed = Callable[[int], Array]  # number of images -> array whose axis 0 is that long
+ExtraFeed = Callable[[NDArray[np.float32]], Array]  # images [n, 3, height, width] -> another input, axis 0 of length n
 
 NOISE, NATURAL = 2, 3  # images of these groups; the extremes are listed below
 
-# Rows: what R, G and B take from three independent fields (luminance, blue-yellow, green-magenta). Natural images vary
-# about ten times more in luminance than in colour (Ruderman et al. 1998, "Statistics of cone responses").
+# Rows: what R, G and B take from three independent fields: luminance, yellow against blue, magenta against green.
+# Natural images vary most in luminance, less in the second, least in the third (Ruderman, Cronin and Chiao 1998).
 _COLOUR = np.array([[1.0, 0.12, 0.06], [1.0, 0.04, -0.08], [1.0, -0.22, 0.04]])
 
 
@@ -73,11 +73,11 @@ def pack(
         inputs: The graph's inputs; ``images`` is made here.
         size: Height and width in pixels.
         spec: How the system normalises images.
-        batch: What the engine takes. Fixed: every chunk has exactly that size, filled up with repeats. Dynamic: chunks
-            of ``opt``, and a smaller last one, which also shows that a second batch size runs.
+        batch: What the engine takes. Fixed: every chunk has exactly that size, filled up with repeats. Dynamic: a first
+            chunk of ``min``, then chunks of up to ``opt``, so that more than one batch size runs.
         seed: Changes all images.
         photos: Image files to add, through the system's preprocessing.
-        extra: Makes the inputs other than ``images``, by name.
+        extra: Makes the inputs other than ``images``, by name, from the images of the same call.
 
     Raises:
         ParityError: an input that nothing makes.
@@ -89,13 +89,11 @@ def pack(
             f"no parity inputs for {', '.join(unknown)}: expected {', '.join([IMAGES, *makers])}",
             hint="a system whose graph has more inputs than images says in its file how they are made",
         )
-    wanted = {t.name for t in inputs} - {IMAGES}
     rows = _rows(size, spec, seed, photos)
-    chunks = []
-    while part := list(islice(rows, batch.opt)):
-        length = max(len(part), batch.min)
-        images = np.stack([part[i % len(part)][1] for i in range(length)])
-        feeds = {IMAGES: images} | {name: makers[name](length) for name in makers if name in wanted}
+    chunks: list[Chunk] = []
+    while part := list(islice(rows, batch.opt if chunks else batch.min)):
+        images = np.stack([part[i % len(part)][1] for i in range(max(len(part), batch.min))])
+        feeds = {t.name: makers[t.name](images) if t.name in makers else images for t in inputs}
         chunks.append(Chunk(feeds=feeds, groups=tuple(group for group, _ in part)))
     return InputPack(chunks=tuple(chunks))
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deploy.backends.base import Array
 from deploy.errors import ParityError
-from deploy.records import Tolerance
+from deploy.records import Comparison, Tolerance
 
 Float = NDArray[np.float64]
 Outputs = Mapping[str, Array]
@@ -207,7 +207,7 @@ def judge(metrics: Metrics, tolerance: Tolerance) -> tuple[str, ...]:
     return tuple(failures)
 
 
-def usage(metrics: Metrics, tolerance: Tolerance) -> tuple[float, str]:
+def usage(metrics: Metrics | Comparison, tolerance: Tolerance) -> tuple[float, str]:
     """Return how much of the tightest limit is used up (1 is the limit itself), and the sentence that says which."""
     shares = [(_share(*judged), *judged) for judged in _judged(metrics, tolerance)]
     if not shares:
@@ -216,7 +216,7 @@ def usage(metrics: Metrics, tolerance: Tolerance) -> tuple[float, str]:
     return share, f"{name} {value:.6g} (limit {limit:g})"
 
 
-def _judged(metrics: Metrics, tolerance: Tolerance) -> list[tuple[str, float, float]]:
+def _judged(metrics: Metrics | Comparison, tolerance: Tolerance) -> list[tuple[str, float, float]]:
     """List (metric, value, limit) for what is both measured and limited."""
     names = ("max_relative", "cosine", "snr_db", "top1", "top5")
     pairs = ((name, getattr(metrics, name), getattr(tolerance, name)) for name in names)
