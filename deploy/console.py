@@ -174,7 +174,7 @@ class Console:
         self._fact("model", summary.model_line(run))
         self._fact("precision", summary.precision_asked(run))
         for name, statement, ok in summary.precision_ran(run):
-            self._fact("", f"{name}: {statement}", "" if ok else "bad")
+            self._fact("", f"{name}: {'' if ok else 'FAIL: '}{statement}", "" if ok else "bad")
         if rows := summary.parity_rows(run):
             self._write_table(
                 "parity against fp32 PyTorch", ("stage", "max relative", "cosine", "top-1", "verdict"), rows
@@ -182,7 +182,7 @@ class Console:
         else:
             self._fact("parity", summary.why_missing(run, "parity"))
         if rows := summary.latency_rows(run):
-            self._write_table("latency", ("candidate", "batch", "p50", "faster than baseline"), rows)
+            self._write_table("latency", ("candidate", "batch", "p50", "speed-up over baseline"), rows)
         else:
             self._fact("latency", summary.why_missing(run, "latency"))
         self._fact("files", summary.file_sizes(run))

@@ -145,7 +145,6 @@ def files(run: RunRecord) -> tuple[tuple[str, int, str], ...]:
 def warnings_of(run: RunRecord) -> tuple[str, ...]:
     """Return everything that a reader must know before trusting a figure."""
     found = [f"{engine_name(e)} was built but not run: {reason_not_runnable(e)}" for e in run.engines if not e.runnable]
-    found += [f"{name}: not the asked precision: {words}" for name, words, ok in precision_ran(run) if not ok]
     found += run.precision.warnings if run.precision else ()
     found += run.parity.notes if run.parity else ()
     found += run.bench.warnings if run.bench else ()

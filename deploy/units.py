@@ -27,6 +27,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{rounded:.{digits - 1 - exponent}f}"
 
 
+def given(value: float) -> str:
+    """Format a number that a person wrote, a limit for example, as it was written: ``0.02``, ``0.99995``, ``1e-04``."""
+    return f"{value:.12g}"
+
+
 def count(value: int) -> str:
     """Format a whole number with thousands separators: ``11,915,176``."""
     return f"{value:,}"
@@ -48,10 +53,12 @@ def milliseconds(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Format a time that is given in seconds: ``0.412 s``, ``2 min 5 s``."""
+    """Format a time that is given in seconds: ``31.0 ms``, ``2.68 s``, ``2 min 5 s``."""
     if value is not None and math.isfinite(value) and value >= 60:
         whole = round(value)
         return f"{whole // 60} min {whole % 60} s"
+    if value is not None and 0 < abs(value) < 1:
+        return _with_unit(1000 * value, "ms")
     return _with_unit(value, "s")
 
 

@@ -35,7 +35,8 @@ def render(runs: Sequence[RunRecord], folder: Path, formats: Sequence[str] = FOR
     for name in formats:
         if name not in writers:
             raise UnknownNameError(f"report format {name!r} is not known", hint=did_you_mean(name, writers))
-    from deploy.report.page import comparison_page, run_page
+    from deploy.report.comparison import comparison_page
+    from deploy.report.page import run_page
 
     page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
     stem = "report" if len(runs) == 1 else "comparison"

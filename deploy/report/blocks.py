@@ -120,6 +120,7 @@ class Page:
     tone: str
     verdict: str
     statements: tuple[str, ...]  # where the weights came from, verbatim
+    failures: tuple[str, ...]
     warnings: tuple[str, ...]
     tiles: tuple[Tile, ...]
     sections: tuple[Section, ...]

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+MOST_BARS = 12  # what a chart shows one by one; the rest is summed
 _ROW, _BAR, _DOT = 40, 10, 3.2
 _EDGE = 2.0  # per cent left free at both ends, so that a mark on the border is seen whole
-_LABEL_CHARACTERS = 30
+_LABEL_START, _LABEL_END = 11, 22  # a phone has room for this many characters
 _DOTS_PER_CHART = 900
 
 
@@ -85,7 +86,7 @@ def log_points(slug: str, title: str, sentence: str, rows: Sequence[Point]) -> M
         if row.limit is not None and row.limit > 0:
             over = Markup('<rect class="beyond" x="{:.2f}%" y="{}" width="{:.2f}%" height="10"/>')
             body.append(over.format(x(row.limit), y + 20, 100 - x(row.limit)))
-            body.append(_tick("limit", x(row.limit), y + 16, y + 34))
+            body.append(_tick("limit", x(row.limit), y + 18, y + 34))
         if math.isfinite(row.value) and row.value > 0:
             kind = "dot-bad" if row.bad else "dot"
             body.append(Markup('<circle class="{}" cx="{:.2f}%" cy="{}" r="5.5"/>').format(kind, x(row.value), y + 25))
@@ -159,7 +160,8 @@ def _svg(slug: str, title: str, sentence: str, height: int, body: Sequence[Marku
 
 def _heading(y: int, label: str, text: str, *, bad: bool = False) -> Markup:
     """Put the label at the left end and the figure at the right end of the line above a mark."""
-    short = label if len(label) <= _LABEL_CHARACTERS else f"…{label[1 - _LABEL_CHARACTERS :]}"
+    fits = len(label) <= _LABEL_START + _LABEL_END + 1
+    short = label if fits else f"{label[:_LABEL_START]}…{label[-_LABEL_END:]}"
     return Markup(
         '<text class="label" x="0" y="{0}"><title>{1}</title>{2}</text>'
         '<text class="{3}" x="100%" y="{0}" text-anchor="end">{4}</text>'
@@ -184,5 +186,6 @@ def _axis(marks: Sequence[tuple[float, str]], height: int) -> Markup:
     parts = []
     for x, text in marks:
         anchor = "start" if x < 8 else "end" if x > 92 else "middle"
-        parts += [_tick("grid", x, 0, height), label.format(x, height + 15, anchor, text)]
+        grid = _tick("grid", x, 0, height) if anchor == "middle" else Markup("")  # labels stand at the edges
+        parts += [grid, label.format(x, height + 15, anchor, text)]
     return Markup("").join(parts)

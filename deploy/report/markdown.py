@@ -14,7 +14,8 @@ def to_markdown(page: Page) -> str:
     """Return the whole page."""
     lines = [f"# {page.status}: {escape(page.verdict)}", "", f"**{escape(page.title)}**", ""]
     lines += [f"> {escape(statement)}\n" for statement in page.statements]
-    lines += [f"- {escape(warning)}" for warning in page.warnings]
+    lines += [f"- ✗ FAIL: {escape(failure)}" for failure in page.failures]
+    lines += [f"- ! {escape(warning)}" for warning in page.warnings]
     if page.tiles:
         rows = tuple((t.label, Cell(text=f"{t.value} ({t.note})")) for t in page.tiles)
         lines += ["", *_facts(Facts(rows=rows))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 
 from deploy import summary, units
 from deploy.records import RunRecord, TraceRecord, to_json
@@ -108,6 +107,3 @@ def _input_shapes(trace: TraceRecord) -> list[str]:
             shape = ",".join(str(trace.batch.opt if isinstance(a, str) else a) for a in spec.shape)
             fixed.append(f"{spec.name}:[{shape}]")
     return ["--input-shapes", *fixed] if fixed else []
-
-
-SECTIONS: tuple[Callable[[RunRecord], Section], ...] = (files, environment, recipe, reproduce)

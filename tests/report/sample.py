@@ -6,7 +6,9 @@ The figures are made up in the size of real ones; they never leave the tests.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import random
 from typing import Any
 
 from deploy.records import (
@@ -137,7 +139,10 @@ def broken_numbers_run() -> RunRecord:
         run.parity.comparisons[-1], max_abs=nan, mean_abs=nan, max_relative=nan, relative_l2=nan, cosine=nan,
         snr_db=-math.inf, top1=0.0, passed=False, failures=("the engine gave NaN",),
     )  # fmt: skip
-    parity = dataclasses.replace(run.parity, ok=False, comparisons=(*run.parity.comparisons[:-1], last))
+    verdict = "parity fails at 'engine': the engine gave NaN"
+    parity = dataclasses.replace(
+        run.parity, ok=False, verdict=verdict, comparisons=(*run.parity.comparisons[:-1], last)
+    )
     one = dataclasses.replace(run.bench.latencies[0], samples=(8.5,), cov=nan)
     none = dataclasses.replace(
         run.bench.latencies[1], samples=(), mean=nan, p50=nan, p90=nan, p95=nan, p99=nan, cov=nan, throughput=0.0
@@ -163,7 +168,7 @@ def hostile_run() -> RunRecord:
 
 
 def _file(name: str, size: int) -> Artifact:
-    return Artifact(name=name, sha256=f"{abs(size * 2654435761) % (1 << 256):064x}", size=size)
+    return Artifact(name=name, sha256=hashlib.sha256(name.encode()).hexdigest(), size=size)
 
 
 def _model() -> ModelRecord:
@@ -277,7 +282,7 @@ def _comparison(stage: str, relative: float, *, cosine: float, snr: float) -> Co
     return Comparison(
         stage=stage, output="logits", images=24, max_abs=relative * 4.19, mean_abs=relative * 0.8,
         max_relative=relative, relative_l2=relative * 0.6, cosine=cosine, snr_db=snr,
-        top1=1.0, top5=1.0, passed=True, failures=(),
+        top1=1.0, top5=1.0, passed=True, failures=(), precision="fp16" if stage in ("fp16", "engine") else "fp32",
         per_input={"noise": relative * 0.7, "natural": relative, "extremes": relative * 0.9},
     )  # fmt: skip
 
@@ -304,9 +309,8 @@ def _parity() -> ParityRecord:
 
 
 def _latency(name: str, batch: int, centre: float, *, build: float, memory: int) -> Latency:
-    samples = tuple(
-        round(centre * (1 + 0.012 * math.sin(1.7 * i) + (0.06 if i % 37 == 36 else 0.0)), 4) for i in range(120)
-    )
+    noise = random.Random(batch * centre)
+    samples = tuple(round(centre * 0.985 * (1 + noise.lognormvariate(-4.2, 0.6)), 4) for _ in range(120))
     ordered = sorted(samples)
     mean = sum(samples) / len(samples)
     deviation = math.sqrt(sum((s - mean) ** 2 for s in samples) / len(samples))

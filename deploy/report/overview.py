@@ -1,0 +1,54 @@
+"""What was asked beside what the engines compute in."""
+
+from __future__ import annotations
+
+from deploy import summary
+from deploy.records import RunRecord
+from deploy.report import words
+from deploy.report.blocks import WARN, Block, Cell, Details, Facts, Section, Table, cells
+
+
+def asked_and_ran(run: RunRecord) -> Section:
+    """Show what was asked beside what the engines compute in."""
+    rows = [
+        ("model", Cell(text=summary.model_line(run))),
+        ("weights", Cell(text=run.model.weights.statement)),
+        (
+            "asked precision",
+            Cell(text=run.precision.precision.value if run.precision else summary.why_missing(run, "precision")),
+        ),
+        ("graph lowered for", Cell(text=run.passes.target.value if run.passes else summary.why_missing(run, "passes"))),
+    ]
+    blocks: list[Block] = [Facts(rows=tuple(rows))]
+    if not run.engines:
+        return Section(slug="asked", title="Asked and ran", blocks=(*blocks, words.not_run(run, "engine")))
+    table = Table(
+        title="Engines",
+        columns=(
+            "engine",
+            "version",
+            "precision audit",
+            "kernels by precision",
+            "fused kernels",
+            "evidence",
+            "ran here",
+        ),
+        rows=tuple(
+            cells(
+                summary.engine_name(e),
+                e.backend_version,
+                words.verdict(e.audit.ok, e.audit.statement),
+                words.counts(e.audit.kernels),
+                words.counts(e.audit.fused),
+                e.audit.evidence,
+                Cell(text="yes") if e.runnable else Cell(text=f"no: {summary.reason_not_runnable(e)}", tone=WARN),
+            )
+            for e in run.engines
+        ),
+    )
+    options = tuple(
+        (summary.engine_name(e), Cell(text=", ".join(f"{k} = {v}" for k, v in sorted(e.options.items())) or "none"))
+        for e in run.engines
+    )
+    folded = Details(summary="Build options", blocks=(Facts(rows=options),))
+    return Section(slug="asked", title="Asked and ran", blocks=(*blocks, table, folded))

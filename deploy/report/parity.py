@@ -1,0 +1,130 @@
+"""Every stage against the fp32 PyTorch model, with the limits it was held to."""
+
+from __future__ import annotations
+
+from deploy import units
+from deploy.records import Comparison, ParityRecord, RunRecord, Tolerance
+from deploy.report import charts, words
+from deploy.report.blocks import BAD, GOOD, QUIET, Block, Chart, Details, Listing, Section, Table, Text, cells
+
+
+def parity(run: RunRecord) -> Section:
+    """Show every stage against the fp32 PyTorch model, with the limits it was held to."""
+    title = "Parity with fp32 PyTorch"
+    record = run.parity
+    if record is None or not record.comparisons:
+        return Section(slug="parity", title=title, blocks=(words.not_run(run, "parity"),))
+    blocks: list[Block] = [
+        Text(text=record.verdict, tone=GOOD if record.ok else BAD),
+        _error_chart(record),
+        _parity_table(record),
+        _tolerance_table(record),
+        Details(summary="Error by kind of input", blocks=(_per_input_table(record),)),
+    ]
+    if record.notes:
+        blocks.append(Listing(items=record.notes, tone=QUIET))
+    return Section(slug="parity", title=title, blocks=tuple(blocks))
+
+
+def limits_of(record: ParityRecord, comparison: Comparison) -> Tolerance | None:
+    """Return the limits that judged a comparison, when the record says which."""
+    return record.tolerances.get(comparison.precision)
+
+
+def _error_chart(record: ParityRecord) -> Chart:
+    points = []
+    for c in record.comparisons:
+        tolerance = limits_of(record, c)
+        limit = tolerance.max_relative if tolerance else None
+        allowed = f" of {units.given(limit)}" if limit is not None else ""
+        mark = "" if c.passed else "FAIL "
+        text = f"{mark}{units.number(c.max_relative)}{allowed}"
+        points.append(
+            charts.Point(label=_stage(record, c), value=c.max_relative, text=text, limit=limit, bad=not c.passed)
+        )
+    title = "Largest error by stage"
+    sentence = (
+        "Largest absolute difference of any output value, divided by the largest absolute value of the PyTorch "
+        "reference; logarithmic axis. Beside each mark: the error and, where there is one, its limit."
+    )
+    svg = charts.log_points("chart-error", title, sentence, points)
+    legend = (("dot", "error"), ("limit", "limit of the recipe"))
+    return Chart(title=title, sentence=sentence, svg=svg, legend=legend if any(p.limit for p in points) else legend[:1])
+
+
+def _parity_table(record: ParityRecord) -> Table:
+    columns = (
+        "stage", "verdict", "max relative", "cosine", "top-1", "top-5", "SNR", "max abs", "mean abs", "relative L2",
+        "images",
+    )  # fmt: skip
+    return Table(
+        title="Error by stage, all inputs together",
+        columns=columns,
+        numeric=frozenset(columns[2:]),
+        rows=tuple(
+            cells(
+                _stage(record, c),
+                words.verdict(c.passed, "pass" if c.passed else "; ".join(c.failures)),
+                units.number(c.max_relative),
+                units.cosine(c.cosine),
+                words.agreement(c.top1),
+                words.agreement(c.top5),
+                words.decibel(c.snr_db),
+                units.number(c.max_abs),
+                units.number(c.mean_abs),
+                units.number(c.relative_l2),
+                units.count(c.images),
+            )
+            for c in record.comparisons
+        ),
+    )
+
+
+def _tolerance_table(record: ParityRecord) -> Table:
+    columns = (
+        "precision",
+        "max relative at most",
+        "cosine at least",
+        "SNR at least",
+        "top-1 at least",
+        "top-5 at least",
+    )
+
+    return Table(
+        title="Limits of the recipe",
+        columns=columns,
+        numeric=frozenset(columns[1:]),
+        rows=tuple(
+            cells(
+                name,
+                _limit(t.max_relative),
+                _limit(t.cosine),
+                _limit(t.snr_db, " dB"),
+                words.agreement(t.top1),
+                words.agreement(t.top5),
+            )
+            for name, t in sorted(record.tolerances.items())
+        ),
+    )
+
+
+def _per_input_table(record: ParityRecord) -> Table:
+    groups = sorted(record.inputs)
+    columns = ("stage", *(f"{g} ({units.count(record.inputs[g])} images)" for g in groups))
+    return Table(
+        title="Max relative error by kind of input",
+        columns=columns,
+        numeric=frozenset(columns[1:]),
+        rows=tuple(
+            cells(_stage(record, c), *(units.number(c.per_input.get(g)) for g in groups)) for c in record.comparisons
+        ),
+    )
+
+
+def _limit(value: float | None, unit: str = "") -> str:
+    return "not judged" if value is None else f"{units.given(value)}{unit}"
+
+
+def _stage(record: ParityRecord, comparison: Comparison) -> str:
+    several = len({c.output for c in record.comparisons}) > 1
+    return f"{comparison.stage}: {comparison.output}" if several else comparison.stage
