@@ -19,7 +19,15 @@ from deploy.errors import BundleError, RecipeError
 SCHEMA_VERSION = 1
 
 T = TypeVar("T")
-record = dataclass(frozen=True, kw_only=True, slots=True)
+
+if typing.TYPE_CHECKING:  # type checkers know a dataclass by its decorator's name only
+    from typing_extensions import dataclass_transform
+
+    @dataclass_transform(kw_only_default=True, frozen_default=True)
+    def record(cls: type[T]) -> type[T]:
+        """Make a frozen, keyword-only, slotted dataclass."""
+else:
+    record = dataclass(frozen=True, kw_only=True, slots=True)
 
 
 class Stage(str, enum.Enum):
@@ -156,8 +164,8 @@ class ModelRecord:
     preprocess: Preprocess
     form: str  # the export form that was chosen for the target
     form_reason: str
-    drift: Drift
     seconds: float
+    drift: Drift | None = None  # measured by the parity stage
 
 
 @record
