@@ -140,15 +140,16 @@ class TensorRtRunner:
 
     def __init__(self, plan: bytes, batch: Batch) -> None:
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+        from polygraphy.datatype import DataType
 
         with _translated("open the engine", BackendUnavailableError):
             self._runner = TrtRunner(EngineFromBytes(plan))
             self._runner.activate()
-            metadata = self._runner.get_input_metadata()
+            metadata = self._runner.get_input_metadata(use_numpy_dtypes=False)
         self.inputs = tuple(
             TensorSpec(
                 name=name,
-                dtype=np.dtype(value.dtype.numpy()).name,
+                dtype=np.dtype(DataType.to_dtype(value.dtype, "numpy")).name,
                 shape=tuple("batch" if not isinstance(n, int) or n < 0 else n for n in value.shape),
             )
             for name, value in metadata.items()
@@ -222,8 +223,8 @@ def inspect_plan(trt: Any, plan: bytes) -> dict[str, Any]:
     from polygraphy.backend.trt import engine_from_bytes
 
     with _translated("inspect the engine", EngineBuildError):
-        engine = engine_from_bytes(plan)
-        inspector = engine.create_engine_inspector()
+        cuda_engine = engine_from_bytes(plan)
+        inspector = cuda_engine.create_engine_inspector()
         data: dict[str, Any] = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     return data
 
