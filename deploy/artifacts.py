@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.errors import BundleError, StorageError
-from deploy.records import Artifact, Environment, RunRecord, from_json, to_json
+from deploy.records import Artifact, Environment, RunRecord, Stage, from_json, to_json
 
 MANIFEST = "manifest.json"
 TRACED, PATCHED = "10-traced.onnx", "20-patched.onnx"
@@ -59,6 +59,18 @@ def open_artifact(artifact: Artifact, folder: Path) -> Path:
             hint="export again, or restore the file",
         )
     return path
+
+
+def artifacts_of(run: RunRecord, before: Stage = Stage.REPORT) -> list[Artifact]:
+    """List the files of a run's stages, those of ``before`` and later left out; a file of two stages comes once."""
+    stages = (
+        (Stage.TRACE, (run.trace,)),
+        (Stage.PASSES, (run.passes,)),
+        (Stage.PRECISION, (run.precision,)),
+        (Stage.ENGINE, run.engines),
+    )
+    found = [r.artifact for stage, records in stages if stage.index < before.index for r in records if r is not None]
+    return list({artifact.name: artifact for artifact in found}.values())
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
-from deploy.errors import EffdeployError, RecipeError, SizeError, UnknownNameError, did_you_mean
+from deploy.errors import EffdeployError, RecipeError, SizeError, did_you_mean
 from deploy.records import Batch, Precision, Preprocess, Target, Tolerance
 
 Keys = tuple[str, ...]
@@ -80,6 +80,7 @@ class EngineSection(_Section):
 
     backend: str = Field("onnxruntime", description="onnxruntime, tensorrt or tensorrt_rtx")
     sm: tuple[int, ...] = Field((), description="CUDA compute capabilities for ahead-of-time builds, e.g. [80, 89]")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where ONNX Runtime runs; auto: CUDA if usable")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: the runtime's default")
     level: int = Field(3, ge=0, le=5, description="TensorRT builder optimisation level")
     workspace: int = Field(0, ge=0, description="TensorRT workspace limit in bytes; 0: no limit")
@@ -232,6 +233,11 @@ def _collect_places(
             _collect_places(value, inner, file, places, duplicates)
 
 
+def layer_of_data(name: str, data: Mapping[str, Any]) -> Layer:
+    """Wrap settings that a program wrote, such as a manifest's recipe."""
+    return Layer(name=name, data=data, places={(key,): name for key in data})
+
+
 def layer_of_assignments(assignments: Iterable[str]) -> Layer:
     """Read ``--set a.b=value`` options; values are YAML scalars or lists.
 
@@ -297,14 +303,11 @@ def resolve(layers: Sequence[Layer]) -> Recipe:
 
 
 def _with_variant(layers: Sequence[Layer], variant: str) -> list[Layer]:
-    known = [name for layer in layers for name in layer.variants]
     chosen: list[Layer] = []
     for layer in layers:
         chosen.append(layer)
         if variant in layer.variants:
             chosen.append(layer.variants[variant])
-    if known and variant not in known:
-        raise UnknownNameError(f"variant {variant!r} is not known", hint=did_you_mean(variant, known))
     return chosen
 
 

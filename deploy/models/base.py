@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from deploy.errors import CheckpointError, RecipeError, SizeError, TraceError, UnknownNameError, did_you_mean
-from deploy.models.checkpoint import WeightMap, fit_checkpoint, read_checkpoint
+from deploy.models.checkpoint import Checkpoint, WeightMap, fit_checkpoint, read_checkpoint
 from deploy.models.weights import random_state
 from deploy.recipe import Recipe
 from deploy.records import Drift, ModelRecord, Target, TensorSpec, WeightsSource
@@ -86,11 +87,11 @@ class Loaded:
     """A loaded model: the float32 reference as in the checkpoint, and the deploy form that is exported."""
 
     system: System
+    target: Target
     reference: nn.Module
     deploy: nn.Module
     inputs: tuple[TensorSpec, ...]
     record: ModelRecord
-    threads: int = field(default=0)
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[np.generic]]:
         """Run the float32 PyTorch reference (training form) on host arrays."""
@@ -106,7 +107,7 @@ def run_module(module: nn.Module, feeds: Arrays, outputs: tuple[str, ...]) -> di
 
 
 def load_model(system: System, recipe: Recipe, target: Target) -> Loaded:
-    """Build, load or draw the weights, re-parameterise, and measure the drift of doing so.
+    """Build the model, load or draw its weights, and re-parameterise it for the target.
 
     Raises:
         UnknownNameError: no such variant.
@@ -119,7 +120,7 @@ def load_model(system: System, recipe: Recipe, target: Target) -> Loaded:
     check_size(system, recipe.size)
     reference, weights = _with_weights(system, recipe, options)
     deploy = system.to_deploy(reference, target).eval()
-    inputs = tuple(bind(spec, recipe.size) for spec in system.inputs)
+    inputs = graph_inputs(system, recipe.size)
     record = ModelRecord(
         system=system.name,
         variant=recipe.variant,
@@ -133,10 +134,9 @@ def load_model(system: System, recipe: Recipe, target: Target) -> Loaded:
         preprocess=recipe.preprocess.record(),
         form=system.forms[target].name,
         form_reason=system.forms[target].reason,
-        drift=measure_drift(system, reference, deploy, inputs),
         seconds=time.perf_counter() - start,
     )
-    return Loaded(system=system, reference=reference, deploy=deploy, inputs=inputs, record=record)
+    return Loaded(system=system, target=target, reference=reference, deploy=deploy, inputs=inputs, record=record)
 
 
 def resolve_options(system: System, recipe: Recipe) -> dict[str, Any]:
@@ -170,10 +170,13 @@ def check_size(system: System, size: Size) -> None:
         )
 
 
-def bind(spec: TensorSpec, size: Size) -> TensorSpec:
-    """Replace the symbolic axes ``height`` and ``width``; ``batch`` stays symbolic."""
+def graph_inputs(system: System, size: Size) -> tuple[TensorSpec, ...]:
+    """Return the system's inputs with ``height`` and ``width`` replaced; ``batch`` stays symbolic."""
     values: dict[int | str, int] = {"height": size[0], "width": size[1]}
-    return TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(values.get(axis, axis) for axis in spec.shape))
+    return tuple(
+        TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(values.get(axis, axis) for axis in spec.shape))
+        for spec in system.inputs
+    )
 
 
 def example_inputs(inputs: tuple[TensorSpec, ...], batch: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -192,29 +195,22 @@ def count_macs(system: System, options: Options, size: Size) -> int:
     """Count multiply-adds of one image in the training form, on the meta device (no memory, no arithmetic)."""
     with torch.device("meta"):
         model = system.build(options, size, system.weight_maps[0].layout)
-        inputs = [t.to("meta") for t in example_inputs(tuple(bind(s, size) for s in system.inputs), 1)]
+        inputs = [t.to("meta") for t in example_inputs(graph_inputs(system, size), 1)]
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(*inputs)
     return int(counter.get_total_flops()) // 2
 
 
-def measure_drift(system: System, reference: nn.Module, deploy: nn.Module, inputs: tuple[TensorSpec, ...]) -> Drift:
+def measure_drift(loaded: Loaded) -> Drift:
     """Compare the deploy form with the training form in float32 and, re-parameterised again, in float64."""
-    images = example_inputs(inputs, 1)
-    precise = copy.deepcopy(reference).double()
+    images = example_inputs(loaded.inputs, 1)
+    doubled = tuple(t.double() if t.is_floating_point() else t for t in images)
+    precise = copy.deepcopy(loaded.reference).double()
+    precise_deploy = loaded.system.to_deploy(precise, loaded.target).eval()
     with torch.inference_mode():
-        single = _difference(reference(*images), deploy(*images))
-        doubled = tuple(t.double() if t.is_floating_point() else t for t in images)
-        target_copy = deploy_like(system, precise, deploy)
-        double = _difference(precise(*doubled), target_copy(*doubled))
-    return Drift(
-        fp32_max_abs=single[0], fp32_relative=single[1], fp64_max_abs=double[0], fp64_relative=double[1]
-    )
-
-
-def deploy_like(system: System, precise: nn.Module, deploy: nn.Module) -> nn.Module:
-    """Re-parameterise ``precise`` for the target that ``deploy`` was made for."""
-    return system.to_deploy(precise, deploy.target).eval()
+        single = _difference(loaded.reference(*images), loaded.deploy(*images))
+        double = _difference(precise(*doubled), precise_deploy(*doubled))
+    return Drift(fp32_max_abs=single[0], fp32_relative=single[1], fp64_max_abs=double[0], fp64_relative=double[1])
 
 
 def _difference(expected: Any, got: Any) -> tuple[float, float]:
@@ -247,7 +243,7 @@ def _with_weights(system: System, recipe: Recipe, options: Options) -> tuple[nn.
         lambda layout: empty_state(system, options, recipe.size, layout),
         lambda: _fitting_variant(system, recipe, checkpoint.tensors),
     )
-    model = _build_empty(system, options, recipe.size, fitted.layout)
+    model = build_uninitialised(system, options, recipe.size, fitted.layout)
     model.load_state_dict(fitted.state, strict=True, assign=True)
     source = WeightsSource(
         kind="file",
@@ -263,27 +259,37 @@ def _random_model(system: System, recipe: Recipe, options: Options) -> tuple[nn.
     text = recipe.weights.partition(":")[2] or "0"
     if not (text.isascii() and text.isdigit()):
         raise RecipeError(f"weights: got {recipe.weights!r}, expected random or random:SEED", hint="--weights random:1")
-    model = _build_empty(system, options, recipe.size, system.weight_maps[0].layout)
+    model = build_uninitialised(system, options, recipe.size, system.weight_maps[0].layout)
     model.load_state_dict(random_state(model.state_dict(), int(text)), strict=True, assign=True)
     statement = f"weights: random (seed {int(text)}): latency and numerics only, not accuracy"
     source = WeightsSource(kind="random", statement=statement, seed=int(text))
     return model.eval().requires_grad_(False), source
 
 
-def _build_empty(system: System, options: Options, size: Size, layout: str) -> nn.Module:
-    with torch.device("meta"):
+class _SkipInit(TorchFunctionMode):
+    """Leave parameters uninitialised: they are assigned right after. Buffers are still computed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
+def build_uninitialised(system: System, options: Options, size: Size, layout: str) -> nn.Module:
+    """Build a model whose weights are about to be assigned; saves the seconds that random initialisation takes."""
+    with _SkipInit():
         return system.build(options, size, layout)
 
 
 def empty_state(system: System, options: Options, size: Size, layout: str) -> dict[str, torch.Tensor]:
     """Return the state dict of a layout on the meta device: names, shapes and types without memory."""
-    return _build_empty(system, options, size, layout).state_dict()
+    with torch.device("meta"):
+        return system.build(options, size, layout).state_dict()
 
 
 def _fitting_variant(system: System, recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> str:
     """Name another variant that the checkpoint would fit, for the error's hint; empty when there is none."""
-    from deploy.models.checkpoint import Checkpoint
-
     for name, variant in system.variants.items():
         options = {**variant.options, "classes": recipe.classes}
         try:

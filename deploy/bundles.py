@@ -1,0 +1,148 @@
+"""What can be done with finished bundles: verify, bench, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy import units
+from deploy.artifacts import artifacts_of, open_artifact, read_manifest
+from deploy.backends import load_backend
+from deploy.bench import BenchCandidate, measure
+from deploy.candidates import bench_candidates, parity_candidates
+from deploy.console import Console
+from deploy.errors import CheckpointError, ParityError
+from deploy.models import find_system
+from deploy.models.base import Loaded, load_model
+from deploy.parity.compare import check_parity
+from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
+from deploy.records import Artifact, BenchRecord, RunRecord
+from deploy.report import render
+from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
+from deploy.summary import ratios_of
+
+
+LATENCY_COLUMNS = ("candidate", "batch", "threads", "p50", "p90", "p95", "p99", "CoV", "images/s", "faster than")
+
+
+def verify_bundle(
+    bundle: Path, console: Console, *, weights: Path | None = None, images: Path | None = None
+) -> RunRecord:
+    """Hold a bundle's files against its manifest and everything that runs here against PyTorch, again.
+
+    Returns:
+        The bundle's record with the new parity; the bundle itself is not touched.
+
+    Raises:
+        BundleError: a file is missing or was changed.
+        CheckpointError: the weights are not those that the bundle was made from.
+        ParityError: out of tolerance.
+    """
+    run = read_manifest(bundle)
+    with console.step("files") as step:
+        files = artifacts_of(run)
+        for artifact in files:
+            open_artifact(artifact, bundle)
+        step.note(f"{len(files)} unchanged")
+    recipe = _recipe_of(run, {"weights": ("--weights", weights), "parity.images": ("--images", images)})
+    with console.step("model") as step:
+        loaded = _reload(run, recipe)
+        step.note(loaded.record.weights.statement)
+    with console.step("parity") as step:
+        candidates = parity_candidates(loaded, recipe, bundle, stage_files(run), run.engines)
+        inputs = parity_inputs(loaded.system, recipe)
+        parity = check_parity(loaded.run, candidates, inputs, tolerances(recipe), task=loaded.system.task)
+        step.note(parity.verdict)
+    verified = dataclasses.replace(run, parity=parity, ok=parity.ok, verdict=parity.verdict)
+    console.summary(verified, bundle)
+    console.result(parity)
+    if not parity.ok:
+        raise ParityError(parity.verdict, hint=f"effdeploy report {bundle}")
+    return verified
+
+
+def bench_bundles(
+    bundles: Sequence[Path], console: Console, *, baselines: tuple[str, ...] = (), weights: Path | None = None,
+    seconds: float | None = None, threads: int | None = None,
+) -> BenchRecord:  # fmt: skip
+    """Time the engines of bundles in one interleaved measurement; baselines are those of the first bundle.
+
+    Raises:
+        BenchmarkError: no engine of the bundles can run here.
+    """
+    found: list[BenchCandidate] = []
+    with contextlib.ExitStack() as stack, console.step("latency") as step:
+        for index, bundle in enumerate(bundles):
+            run = read_manifest(bundle)
+            options = {
+                "weights": ("--weights", weights if index == 0 else None),
+                "bench.baselines": ("--baseline", baselines if index == 0 else ()),
+                "bench.seconds": ("--seconds", seconds),
+                "bench.threads": ("--threads", threads),
+            }
+            recipe = _recipe_of(run, options)
+            loaded = _reload(run, recipe) if recipe.bench.baselines else None
+            feeds = sample_feeds(parity_inputs(find_system(recipe.system), recipe), recipe.batch.opt)
+            opened, _ = stack.enter_context(bench_candidates(recipe, bundle, run.engines, feeds, loaded))
+            found += [_renamed(candidate, bundle, len(bundles)) for candidate in opened]
+            first = recipe if index == 0 else first
+        record = measure(found, bench_options(first))
+        step.note(record.method)
+    console.table("latency", LATENCY_COLUMNS, _latency_rows(record))
+    for warning in record.warnings:
+        console.warn(warning)
+    console.result(record)
+    return record
+
+
+def report_bundles(bundles: Sequence[Path], out: Path | None) -> list[Path]:
+    """Render reports from manifests alone: into the bundle, or a comparison of several into ``out`` (default ``.``)."""
+    runs = [read_manifest(bundle) for bundle in bundles]
+    return render(runs, out or (bundles[0] if len(bundles) == 1 else Path()))
+
+
+def stage_files(run: RunRecord) -> Mapping[str, Artifact]:
+    """Return stage name ("traced", "patched", "fp16") to its ONNX file."""
+    named: dict[str, Any] = {"traced": run.trace, "patched": run.passes}
+    if run.precision is not None:
+        named[run.precision.precision.value] = run.precision
+    stages: dict[str, Artifact] = {}
+    for name, record in named.items():
+        if record is not None and record.artifact not in stages.values():
+            stages[name] = record.artifact
+    return stages
+
+
+def _recipe_of(run: RunRecord, options: Mapping[str, tuple[str, Any]]) -> Recipe:
+    return resolve([layer_of_data(f"manifest of {run.name}", run.recipe), layer_of_options(options)])
+
+
+def _reload(run: RunRecord, recipe: Recipe) -> Loaded:
+    """Load the PyTorch reference and make sure that it is the one that the bundle was made from."""
+    target = run.passes.target if run.passes else recipe.target or load_backend(recipe.engine.backend).target
+    loaded = load_model(find_system(recipe.system), recipe, target)
+    if loaded.record.weights.sha256 != run.model.weights.sha256:
+        raise CheckpointError(
+            f"{loaded.record.weights.statement}: not what the bundle was made from ({run.model.weights.statement})",
+            hint="--weights with the original file",
+        )
+    return loaded
+
+
+def _renamed(candidate: BenchCandidate, bundle: Path, bundles: int) -> BenchCandidate:
+    name = candidate.name.replace("engine", bundle.name) if bundles > 1 else candidate.name
+    return dataclasses.replace(candidate, name=name)
+
+
+def _latency_rows(record: BenchRecord) -> list[tuple[str, ...]]:
+    return [
+        (
+            c.name, str(c.batch), str(c.threads), *(units.milliseconds(t) for t in (c.p50, c.p90, c.p95, c.p99)),
+            units.percent(c.cov), units.number(c.throughput),
+            "; ".join(f"{r.baseline} {units.ratio(r.median, r.p10, r.p90)}" for r in ratios_of(record, c)) or "-",
+        )
+        for c in record.latencies
+    ]  # fmt: skip

@@ -1,0 +1,219 @@
+"""What is compared and what is timed: the stages of a run, its engines and the baselines, ready to be opened.
+
+Here PyTorch, the stage files and the engines meet; parity and bench only see things that can be called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from deploy.artifacts import open_artifact
+from deploy.backends import load_backend
+from deploy.backends.base import Array, BuildOptions, Feeds, Runner
+from deploy.backends.onnxruntime import open_model
+from deploy.bench import BenchCandidate, peak_memory_of
+from deploy.errors import BenchmarkError
+from deploy.graph.io import load_model, save_model
+from deploy.models import find_system
+from deploy.models.base import Loaded, graph_inputs, run_module
+from deploy.parity.compare import Candidate
+from deploy.precision.emulate import emulated
+from deploy.recipe import Recipe
+from deploy.records import Artifact, EngineRecord, Precision
+from deploy.trace import bare_export
+
+
+class TorchRunner:
+    """A PyTorch module behind the Runner protocol."""
+
+    name = "pytorch"
+    device = "cpu"
+
+    def __init__(self, module: nn.Module, outputs: tuple[str, ...]) -> None:
+        self._module, self._outputs = module, outputs
+
+    def infer(self, feeds: Feeds) -> dict[str, Array]:
+        """Run once; arrays in input order."""
+        return run_module(self._module, feeds, self._outputs)
+
+    def __enter__(self) -> TorchRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def build_options(recipe: Recipe, threads: int = 0) -> BuildOptions:
+    """Return what a backend is asked for by this recipe; ``threads`` overrides the engine's own."""
+    engine = recipe.engine
+    return BuildOptions(
+        precision=recipe.precision,
+        batch=recipe.batch,
+        inputs=graph_inputs(find_system(recipe.system), recipe.size),
+        sm=engine.sm,
+        threads=threads or engine.threads,
+        level=engine.level,
+        workspace=engine.workspace,
+        tf32=engine.tf32,
+        device=engine.device,
+    )
+
+
+def parity_candidates(
+    loaded: Loaded, recipe: Recipe, folder: Path, stages: Mapping[str, Artifact], engines: Sequence[EngineRecord]
+) -> list[Candidate]:
+    """List what is compared with PyTorch, in the order of the road.
+
+    ONNX stages run on ONNX Runtime's CPU provider whatever the target is. A typed stage that no engine here runs is
+    compared twice: as ONNX Runtime runs it, which computes FP16 in FP32 between casts, and with every FP16 tensor rounded.
+
+    Args:
+        loaded: The reference and its deploy form.
+        recipe: Tolerances' precision and threads.
+        folder: Where the stage files lie.
+        stages: Stage name ("traced", "patched", "fp16") to file.
+        engines: Built engines; those that cannot run here are left out.
+    """
+    outputs = loaded.system.outputs
+    found = [Candidate(stage="deploy form", precision=Precision.FP32, open=lambda: TorchRunner(loaded.deploy, outputs))]
+    options = build_options(recipe, recipe.bench.threads)
+    ran = {engine.artifact.name for engine in engines if engine.runnable}
+    for stage, artifact in stages.items():
+        precision = Precision(stage) if stage in set(Precision) else Precision.FP32
+        path = open_artifact(artifact, folder)
+        if artifact.name not in ran and precision is not Precision.BF16:
+            found.append(Candidate(stage=stage, precision=precision, open=partial(open_model, path, options)))
+        if precision is not Precision.FP32:
+            found.append(
+                Candidate(stage=f"{stage}, rounded", precision=precision, open=partial(_emulated, path, options))
+            )
+    for engine in engines:
+        if engine.runnable:
+            found.append(
+                Candidate(stage=engine_name(engine, engines), precision=recipe.precision, open=_engine(engine, folder, options))
+            )
+    return found
+
+
+def engine_name(engine: EngineRecord, engines: Sequence[EngineRecord]) -> str:
+    """Name an engine in tables: "engine", or "engine sm89" among several."""
+    return "engine" if len(engines) == 1 else f"engine {engine.device}"
+
+
+def _emulated(path: Path, options: BuildOptions) -> Runner:
+    """Open a float32 copy of a typed graph in which every low-precision tensor is rounded."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / path.name
+        save_model(emulated(load_model(path)), copy)
+        return open_model(copy, options)
+
+
+@contextlib.contextmanager
+def bench_candidates(
+    recipe: Recipe, folder: Path, engines: Sequence[EngineRecord], feeds: Feeds, loaded: Loaded | None = None
+) -> Iterator[tuple[list[BenchCandidate], Mapping[str, float]]]:
+    """Open the engines, and the recipe's baselines of ``loaded``, for timing; everything is closed at the end.
+
+    Yields:
+        Candidates, engines first, and the first engine's profile (node name to microseconds).
+
+    Raises:
+        BenchmarkError: no engine can run on this machine.
+    """
+    usable = [engine for engine in engines if engine.runnable]
+    if not usable:
+        raise BenchmarkError("no engine of this run can be timed on this machine", hint="bench it where it can run")
+    options = build_options(recipe, recipe.bench.threads)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch_threads(recipe.bench.threads))
+        runners = [_timed(stack, _engine(engine, folder, options)) for engine in usable]
+        found = [
+            bench_candidate(engine_name(engine, engines), runner, feeds, options, seconds, memory)
+            for engine, (runner, seconds, memory) in zip(usable, runners, strict=True)
+        ]
+        for name in recipe.bench.baselines if loaded else ():
+            runner, seconds, memory = _timed(stack, partial(BASELINES[name], loaded, options, feeds))
+            found.append(bench_candidate(name, runner, feeds, options, seconds, memory, note=_NOTES[name]))
+        profile = getattr(runners[0][0], "profile", None)
+        yield found, profile(feeds) if profile else {}
+
+
+def bench_candidate(
+    name: str, runner: Runner, feeds: Feeds, options: BuildOptions, seconds: float, memory: int, note: str = ""
+) -> BenchCandidate:
+    """Wrap an opened runner for timing on fixed feeds."""
+    return BenchCandidate(
+        name=name,
+        call=lambda: runner.infer(feeds),
+        batch=len(next(iter(feeds.values()))),
+        threads=options.threads,
+        device=runner.device,
+        build_seconds=seconds,
+        peak_memory=memory,
+        note=note,
+    )
+
+
+def _timed(stack: contextlib.ExitStack, make: Callable[[], Runner]) -> tuple[Runner, float, int]:
+    """Open a runner; return it with the seconds and the peak memory that this took."""
+    start = time.perf_counter()
+    runner, memory = peak_memory_of(make)
+    return stack.enter_context(runner), time.perf_counter() - start, memory
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Give PyTorch the same number of CPU threads as every other candidate."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _eager(loaded: Loaded, options: BuildOptions, feeds: Feeds) -> Runner:
+    return TorchRunner(loaded.reference, loaded.system.outputs)
+
+
+def _compiled(loaded: Loaded, options: BuildOptions, feeds: Feeds) -> Runner:
+    runner = TorchRunner(torch.compile(loaded.reference), loaded.system.outputs)
+    try:
+        runner.infer(feeds)  # compiles
+    except Exception as error:  # torch.compile raises what its code generator and the C++ compiler raise
+        raise BenchmarkError(
+            f"baseline compile: torch.compile failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            hint="it needs a C++ compiler; leave it out: --baseline eager,naive",
+        ) from error
+    return runner
+
+
+def _naive(loaded: Loaded, options: BuildOptions, feeds: Feeds) -> Runner:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "naive.onnx"
+        arguments = tuple(torch.from_numpy(array) for array in feeds.values())
+        bare_export(loaded.reference, arguments, path, names=tuple(feeds))
+        return open_model(path, options)
+
+
+Baseline = Callable[[Loaded, BuildOptions, Feeds], Runner]
+BASELINES: Mapping[str, Baseline] = {"eager": _eager, "compile": _compiled, "naive": _naive}
+_NOTES = {
+    "eager": "PyTorch, training form, float32",
+    "compile": "torch.compile of the training form, float32; the build time is the first call",
+    "naive": "training form through bare torch.onnx.export, float32, on ONNX Runtime",
+}
+
+
+def _engine(engine: EngineRecord, folder: Path, options: BuildOptions) -> Callable[[], Runner]:
+    return lambda: load_backend(engine.backend).open(engine, folder, options)

@@ -1,0 +1,246 @@
+"""RIFormer: a vision backbone whose token mixer is an affine transform (Wang et al., CVPR 2023, arXiv 2304.05659).
+
+A PoolFormer block without its pooling: during training the mixer is a per-channel affine map, distilled from a
+token-mixing teacher, and at inference it disappears. Architecture and numbers follow the authors' release in OpenMMLab
+mmpretrain (``mmpretrain/models/backbones/riformer.py``).
+
+    training   x = x + s1 * (affine(norm1(x)) - norm1(x));   x = x + s2 * fc2(gelu(fc1(norm2(x))))
+    deploy     x = x + norm(x);                              x = x + fc2(gelu(fc1(standardise(x))))
+
+Everything between two non-linearities folds, in the dtype of the model, exactly up to rounding:
+
+* affine(n) - n has gain w - 1 and shift b, so norm1, the mixer and the layer scale s1 become one norm with
+  gain s1 * g * (w - 1) and shift s1 * (beta * (w - 1) + b); the identity is subtracted inside the official mixer.
+* norm2's gain scales fc1's input columns, its shift goes into fc1's bias: what is left standardises and has no weights.
+* the layer scale s2 scales fc2's output rows and its bias.
+
+What is hard to export: the norm is a GroupNorm with ONE group (statistics over C, H and W of an image), and ONNX Runtime
+and TensorRT want opposite forms of it (``FORMS``).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploy.models.base import Form, System, Variant
+from deploy.models.checkpoint import WeightMap
+from deploy.records import Target
+
+EPS = 1e-5
+
+
+class Affine(nn.Module):
+    """The training-time token mixer: a per-channel affine map minus the identity, [N,C,H,W] to the same."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.affine = nn.Conv2d(dim, dim, kernel_size=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.affine(x) - x
+
+
+class Mlp(nn.Module):
+    """Two 1x1 convolutions with an exact (erf) GELU, [N,C,H,W] to the same."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One block. ``layout`` "training" has norm1 and the mixer; "reparameterised" has the official folded norm."""
+
+    def __init__(self, dim: int, ratio: int, layout: str) -> None:
+        super().__init__()
+        if layout == "training":
+            self.norm1 = nn.GroupNorm(1, dim, eps=EPS)
+            self.token_mixer = Affine(dim)
+        else:
+            self.norm_reparam = nn.GroupNorm(1, dim, eps=EPS)
+        self.norm2 = nn.GroupNorm(1, dim, eps=EPS)
+        self.mlp = Mlp(dim, ratio * dim)
+        self.layer_scale_1 = nn.Parameter(torch.ones(dim))
+        self.layer_scale_2 = nn.Parameter(torch.ones(dim))
+        self.layout = layout
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Norm and token mixer."""
+        return self.token_mixer(self.norm1(x)) if self.layout == "training" else self.norm_reparam(x)
+
+    def mixer_affine(self) -> tuple[Tensor, Tensor]:
+        """Return gain and shift [C] of norm and mixer together, after standardisation."""
+        if self.layout != "training":
+            return self.norm_reparam.weight, self.norm_reparam.bias
+        scale = self.token_mixer.affine.weight.flatten() - 1
+        return self.norm1.weight * scale, self.norm1.bias * scale + self.token_mixer.affine.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.layer_scale_1[:, None, None] * self.mix(x)
+        return x + self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x))
+
+
+class Stage(nn.Module):
+    """A stage: blocks of one width at one resolution."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class RIFormer(nn.Module):
+    """The classifier as in the checkpoint: ``images`` [N,3,H,W] to ``logits`` [N,classes]."""
+
+    def __init__(self, depths: list[int], widths: list[int], ratio: int, classes: int, layout: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], kernel_size=7, stride=4, padding=2)
+        self.stages = nn.ModuleList(
+            Stage([Block(width, ratio, layout) for _ in range(depth)])
+            for depth, width in zip(depths, widths, strict=True)
+        )
+        self.downsamples = nn.ModuleList(
+            nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.norm = nn.GroupNorm(1, widths[-1], eps=EPS)
+        self.head = nn.Linear(widths[-1], classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the last stage's map [N,C,H/32,W/32]."""
+        x = self.stages[0](self.stem(images))
+        for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
+            x = stage(downsample(x))
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(self.features(images)).mean((2, 3)))
+
+
+class DeployBlock(nn.Module):
+    """The block with everything linear folded."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        dim = block.norm2.num_channels
+        gain, shift = block.mixer_affine()
+        self.norm = nn.GroupNorm(1, dim, eps=EPS)
+        self.norm.weight = _frozen(block.layer_scale_1 * gain)
+        self.norm.bias = _frozen(block.layer_scale_1 * shift)
+        self.standardise = nn.GroupNorm(1, dim, eps=EPS, affine=False)
+        self.mlp = _folded_mlp(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norm(x)
+        return x + self.mlp(self.standardise(x))
+
+
+class DeployRIFormer(nn.Module):
+    """The classifier that is exported: the same function, [N,3,H,W] to [N,classes]."""
+
+    def __init__(self, model: RIFormer) -> None:
+        super().__init__()
+        self.stem = copy.deepcopy(model.stem)
+        self.stages = nn.ModuleList(Stage([DeployBlock(b) for b in stage.blocks]) for stage in model.stages)
+        self.downsamples = copy.deepcopy(model.downsamples)
+        self.standardise = nn.GroupNorm(1, model.norm.num_channels, eps=EPS, affine=False)
+        self.head = nn.Linear(model.head.in_features, model.head.out_features)
+        # The mean over positions commutes with the norm's per-channel gain and shift.
+        self.head.weight = _frozen(model.head.weight * model.norm.weight)
+        self.head.bias = _frozen(model.head.bias + model.head.weight @ model.norm.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stages[0](self.stem(images))
+        for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
+            x = stage(downsample(x))
+        return self.head(self.standardise(x).mean((2, 3)))
+
+
+def _frozen(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def _folded_mlp(block: Block) -> Mlp:
+    """Fold norm2's gain and shift into fc1 and the layer scale into fc2."""
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    mlp = Mlp(fc1.in_channels, fc1.out_channels)
+    mlp.fc1.weight = _frozen(fc1.weight * block.norm2.weight[:, None, None])
+    mlp.fc1.bias = _frozen(fc1.bias + fc1.weight.flatten(1) @ block.norm2.bias)
+    mlp.fc2.weight = _frozen(fc2.weight * block.layer_scale_2[:, None, None, None])
+    mlp.fc2.bias = _frozen(fc2.bias * block.layer_scale_2)
+    return mlp
+
+
+def build(options: Mapping[str, Any], size: tuple[int, int], layout: str) -> nn.Module:
+    """Build RIFormer; any ``size`` fits the weights, since nothing depends on the number of positions."""
+    return RIFormer(options["depths"], options["widths"], options["mlp_ratio"], options["classes"], layout).eval()
+
+
+def to_deploy(model: nn.Module, target: Target) -> nn.Module:
+    """Return the folded copy for a target, in the dtype of ``model``; ``model`` stays untouched."""
+    with torch.no_grad():
+        return DeployRIFormer(model)
+
+
+_STAGE = re.compile(r"^network\.(\d+)\.(\d+\..+)$")
+_DOWNSAMPLE = re.compile(r"^network\.(\d+)\.proj\.(weight|bias)$")
+
+
+def from_openmmlab(key: str) -> str:
+    """Map an OpenMMLab key, with or without ``backbone.`` and ``head.fc``, to ours.
+
+    ``network`` alternates stages (even indices) and downsampling convolutions (odd indices).
+    """
+    key = key.removeprefix("backbone.")
+    if match := _DOWNSAMPLE.match(key):
+        return f"downsamples.{int(match[1]) // 2}.{match[2]}"
+    if match := _STAGE.match(key):
+        return f"stages.{int(match[1]) // 2}.blocks.{match[2]}"
+    return key.replace("patch_embed.proj.", "stem.").replace("norm6.", "norm.").replace("head.fc.", "head.")
+
+
+def _variant(depths: list[int], widths: list[int], summary: str) -> Variant:
+    return Variant(options={"depths": depths, "widths": widths, "mlp_ratio": 4}, summary=summary)
+
+
+_SMALL, _MEDIUM = [64, 128, 320, 512], [96, 192, 384, 768]
+
+SYSTEM = System(
+    name="riformer",
+    task="classification",
+    paper="RIFormer: Keep Your Vision Backbone Effective But Removing Token Mixer, CVPR 2023, arXiv 2304.05659",
+    variants={
+        "s12": _variant([2, 2, 6, 2], _SMALL, "paper: 76.9 % top-1 at 224, 78.3 % at 384"),
+        "s24": _variant([4, 4, 12, 4], _SMALL, "paper: 80.3 % top-1 at 224, 81.4 % at 384"),
+        "s36": _variant([6, 6, 18, 6], _SMALL, "paper: 81.3 % top-1 at 224, 82.2 % at 384"),
+        "m36": _variant([6, 6, 18, 6], _MEDIUM, "paper: 82.6 % top-1 at 224, 83.4 % at 384"),
+        "m48": _variant([8, 8, 24, 8], _MEDIUM, "paper: 82.8 % top-1 at 224, 83.7 % at 384"),
+        "tiny": _variant([1, 1, 1, 1], [8, 16, 24, 32], "for tests"),
+    },
+    build=build,
+    weight_maps=(
+        WeightMap(name="OpenMMLab training form", layout="training", rename=from_openmmlab),
+        WeightMap(name="OpenMMLab deploy form", layout="reparameterised", rename=from_openmmlab),
+    ),
+    to_deploy=to_deploy,
+    forms={
+        Target.ONNXRUNTIME: Form(name="folded", reason="tbd"),
+        Target.TENSORRT: Form(name="folded", reason="tbd"),
+    },
+    recipe={"system": "riformer", "variant": "s12", "size": 224},
+    stride=32,
+)

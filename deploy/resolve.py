@@ -1,0 +1,113 @@
+"""From what a person typed to a resolved recipe, and from a recipe to what the rooms below are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.backends.base import Feeds
+from deploy.bench import BenchOptions
+from deploy.errors import RecipeError, UnknownNameError, did_you_mean
+from deploy.models import find_system
+from deploy.models.base import System
+from deploy.parity.inputs import InputPack, pack
+from deploy.preprocess import find_images
+from deploy.recipe import Layer, Recipe, configs_folder, layer_of_assignments, layer_of_options, read_yaml, resolve
+from deploy.records import Stage, Tolerance
+
+
+def resolve_recipe(
+    name_or_file: str, options: Mapping[str, tuple[str, Any]] | None = None, assignments: Sequence[str] = ()
+) -> Recipe:
+    """Merge everything that decides a run, lowest first: system default, YAML, command line, ``--set``.
+
+    Args:
+        name_or_file: A system's name, or a recipe file that names one.
+        options: Recipe key to (flag, value), e.g. ``{"engine.backend": ("--backend", "tensorrt")}``.
+        assignments: ``KEY=VALUE`` texts.
+
+    Raises:
+        UnknownNameError: no such system or variant.
+        RecipeError: lists every mistake.
+    """
+    layers = [*recipe_layers(name_or_file), layer_of_options(options or {}), layer_of_assignments(assignments)]
+    system = find_system(str(layers[0].data["system"]))
+    variant = str(next(layer.data["variant"] for layer in reversed(layers) if "variant" in layer.data))
+    for name in (variant, *(name for layer in layers for name in layer.variants)):
+        if name not in system.variants:
+            raise UnknownNameError(
+                f"{system.name} has no variant {name!r}", hint=did_you_mean(name, system.variants)
+            )
+    return resolve(layers)
+
+
+def stages_between(first: str | None, last: str | None) -> tuple[Stage, Stage]:
+    """Read ``--from`` and ``--until``.
+
+    Raises:
+        UnknownNameError: no such stage.
+        RecipeError: the first comes after the last.
+    """
+    names = [stage.value for stage in Stage]
+    for flag, name in (("--from", first), ("--until", last)):
+        if name is not None and name not in names:
+            raise UnknownNameError(f"{flag}: no stage {name!r}", hint=did_you_mean(name, names))
+    start, until = Stage(first or Stage.MODEL), Stage(last or Stage.REPORT)
+    if until.index < start.index:
+        raise RecipeError(f"--from {start.value} comes after --until {until.value}", hint="swap them")
+    return start, until
+
+
+def default_name(recipe: Recipe) -> str:
+    """Name a bundle after what decides it: system, variant, size, batch, precision, backend."""
+    size = str(recipe.size[0]) if recipe.size[0] == recipe.size[1] else f"{recipe.size[0]}x{recipe.size[1]}"
+    batch = "" if str(recipe.batch) == "1" else "b" + str(recipe.batch).replace(":", "-")
+    parts = (recipe.system, recipe.variant, size, batch, recipe.precision.value, recipe.engine.backend)
+    return "-".join(part for part in parts if part)
+
+
+def recipe_layers(name_or_file: str) -> list[Layer]:
+    """Return the layers below the command line: system defaults, the shipped YAML, and a recipe file of the user's."""
+    own = [read_yaml(Path(name_or_file))] if name_or_file.endswith((".yaml", ".yml")) else []
+    name = str(own[0].data.get("system")) if own else name_or_file
+    system = find_system(name)
+    shipped = read_yaml(configs_folder() / f"{name}.yaml")
+    return [Layer(name="system default", data=system.recipe), shipped, *own]
+
+
+def tolerances(recipe: Recipe) -> dict[str, Tolerance]:
+    """Return the recipe's tolerances as records, by precision."""
+    return {precision.value: section.record() for precision, section in recipe.parity.tolerances.items()}
+
+
+def bench_options(recipe: Recipe) -> BenchOptions:
+    """Return how long the recipe wants to measure."""
+    section = recipe.bench
+    return BenchOptions(
+        warmup_seconds=section.warmup_seconds,
+        min_seconds=section.seconds,
+        min_rounds=section.rounds,
+        max_seconds=max(30.0, 3 * section.seconds),
+    )
+
+
+def parity_inputs(system: System, recipe: Recipe) -> InputPack:
+    """Make the deterministic pack, and add the recipe's photos."""
+    photos = find_images(recipe.parity.images, recipe.parity.max_images) if recipe.parity.images else ()
+    return pack(
+        system.inputs, recipe.size, recipe.preprocess.record(), batch=recipe.batch, seed=recipe.parity.seed, photos=photos
+    )
+
+
+def sample_feeds(inputs: InputPack, count: int) -> Feeds:
+    """Cut or repeat the pack's natural and photo images to ``count`` rows."""
+    chosen: dict[str, list[Any]] = {}
+    for chunk in inputs.chunks:
+        for row, group in enumerate(chunk.groups):
+            if group in ("natural", "photos"):
+                for name, array in chunk.feeds.items():
+                    chosen.setdefault(name, []).append(array[row])
+    return {name: np.stack([rows[i % len(rows)] for i in range(count)]) for name, rows in chosen.items()}

@@ -1,0 +1,300 @@
+"""PyTorch to ONNX: the only file that knows both.
+
+The exporter is helped and then distrusted. It is helped by capturing the program ourselves, so that its silent retries
+with other strategies never run; and what it writes is held against what was asked: opset, every dimension, dynamic axes,
+other batch sizes run. Nodes and tensors are renamed after the module that made them (``stages.2.blocks.5.mlp.fc1/Conv``),
+and the exporter's metadata, which holds paths of the machine, is dropped.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx import ModelProto
+from torch import nn
+
+from deploy.artifacts import TRACED, artifact_of
+from deploy.errors import RecipeError, TraceError
+from deploy.graph.io import op_counts, save_model
+from deploy.models.base import example_inputs, run_module
+from deploy.records import Batch, Target, TensorSpec, TraceRecord
+
+log = logging.getLogger(__name__)
+
+# ONNX Runtime fuses GELU only as the opset-20 op and expands GroupNormalization (opset 21) slowly; TensorRT maps it to
+# one kernel (benchmarks/results). Opset 23 brings the Attention op, whose FP32 build TensorRT refuses.
+DEFAULT_OPSET = {Target.ONNXRUNTIME: 20, Target.TENSORRT: 21}
+OLDEST_OPSET, NEWEST_OPSET = 18, 22
+_RUN_TOLERANCE = 1e-3  # a frozen axis or a wrong graph is off by far more; tight comparison is the parity stage's work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceRequest:
+    """What the exported graph must look like."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    batch: Batch
+    opset: int
+
+
+def choose_opset(asked: int | None, target: Target, attention_op: bool) -> int:
+    """Return the opset to export at.
+
+    Raises:
+        RecipeError: outside 18 to 22, or 23+ without ``trace.attention_op``.
+    """
+    opset = asked or DEFAULT_OPSET[target]
+    if opset < OLDEST_OPSET or (opset > NEWEST_OPSET and not attention_op):
+        raise RecipeError(
+            f"opset: got {opset}, expected {OLDEST_OPSET} to {NEWEST_OPSET}",
+            hint="opset 23+ writes the Attention op, which TensorRT cannot build in FP32; "
+            "--set trace.attention_op=true if you want it",
+        )
+    return opset
+
+
+def onnx_from_torch(module: nn.Module, request: TraceRequest, folder: Path) -> TraceRecord:
+    """Export a module to ``10-traced.onnx`` and hold the file against the request.
+
+    Raises:
+        TraceError: the module could not be captured or converted, or the file is not what was asked.
+    """
+    start = time.perf_counter()
+    size = 2 if request.batch.dynamic else request.batch.opt
+    arguments = example_inputs(request.inputs, size)
+    with _quiet():
+        program = _capture(module, arguments, request)
+        converted = _convert(program, request)
+    _rename(converted.model)
+    _strip(converted.model)
+    model = ir.to_proto(converted.model)
+    checks = _check_interface(model, request)
+    path = folder / TRACED
+    save_model(model, path)
+    checks += _check_batches(module, path, request, traced_at=size)
+    return TraceRecord(
+        artifact=artifact_of(path, folder),
+        opset=request.opset,
+        batch=request.batch,
+        inputs=_specs(model.graph.input),
+        outputs=_specs(model.graph.output),
+        op_counts=op_counts(model),
+        checks=tuple(checks),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def bare_export(module: nn.Module, arguments: tuple[torch.Tensor, ...], path: Path, names: tuple[str, ...]) -> Path:
+    """Export with ``torch.onnx.export`` and its defaults: the baseline that users have today."""
+    with _quiet():
+        torch.onnx.export(module, arguments, path, dynamo=True, input_names=list(names), verbose=False)
+    return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Send the exporter's warnings to the log instead of the terminal."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        log.debug("%s: %s", warning.category.__name__, warning.message)
+
+
+def _capture(module: nn.Module, arguments: tuple[torch.Tensor, ...], request: TraceRequest) -> Any:
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in arguments) if request.batch.dynamic else None
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:  # torch.export raises whatever the model's code raises
+        place = _failing_module(module, arguments)
+        raise TraceError(
+            f"torch.export failed in module {place or '(root)'}: {_brief(error)}",
+            hint="a dynamic batch that the code turns into a constant? try --batch 1; details: --log FILE",
+        ) from error
+
+
+def _failing_module(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> str:
+    """Run again with hooks that remember which module was entered last and not left."""
+    entered: list[str] = []
+    handles = []
+    for name, child in module.named_modules():
+        handles.append(child.register_forward_pre_hook(lambda _m, _i, n=name: entered.append(n)))
+        handles.append(child.register_forward_hook(lambda _m, _i, _o: entered.pop() and None))
+    with contextlib.suppress(Exception), torch.no_grad():
+        torch.export.export(module, arguments, strict=False)
+    for handle in handles:
+        handle.remove()
+    return entered[-1] if entered else ""
+
+
+def _convert(program: Any, request: TraceRequest) -> Any:
+    names = [spec.name for spec in request.inputs]
+    dynamic = tuple({0: "batch"} for _ in names) if request.batch.dynamic else None
+    try:
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=names,
+            output_names=list(request.outputs),
+            opset_version=request.opset,
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    except Exception as error:  # the exporter wraps whatever its translations raise
+        raise TraceError(
+            f"torch.onnx could not translate {_failing_node(program, error)}: {_brief(error)}",
+            hint="another opset may have the operator: --set trace.opset=22; details: --log FILE",
+        ) from error
+    if converted is None:
+        raise TraceError("torch.onnx.export returned nothing", hint="details: --log FILE")
+    return converted
+
+
+def _failing_node(program: Any, error: BaseException) -> str:
+    """Name the operator and module that the exporter's message speaks of."""
+    text = " ".join(str(e) for e in (error, error.__cause__) if e)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and f"%{node.name} " in text:
+            scopes = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            return f"{node.target} in module {scopes[-1] if scopes else '(root)'}"
+    return "the program"
+
+
+def _brief(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def _rename(model: ir.Model) -> None:
+    """Name nodes ``<module path>/<OpType>`` and tensors after the node that makes them."""
+    fixed = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+    used: Counter[str] = Counter()
+    path = ""
+    for node in model.graph:
+        path = _module_path(node, path)
+        stem = f"{path}/{node.op_type}" if path else node.op_type
+        used[stem] += 1
+        node.name = stem if used[stem] == 1 else f"{stem}_{used[stem] - 1}"
+        for index, output in enumerate(node.outputs):
+            if output.name not in fixed:
+                output.name = node.name if index == 0 else f"{node.name}:{index}"
+    _rename_constants(model)
+
+
+def _module_path(node: ir.Node, previous: str) -> str:
+    """Read the path from the exporter's metadata; nodes that its optimiser made belong to where they stand."""
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if not text:
+        return previous
+    scopes = ast.literal_eval(text)
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def _rename_constants(model: ir.Model) -> None:
+    """Name anonymous initialisers after their first reader; parameters keep their names."""
+    anonymous = [v for v in model.graph.initializers.values() if v.name and "." not in v.name]
+    for value in anonymous:
+        uses = [use for use in value.uses() if use.node.name]
+        if uses:
+            name = f"{uses[0].node.name}.input{uses[0].idx}"
+            if name not in model.graph.initializers:
+                model.graph.initializers.pop(str(value.name))
+                value.name = name
+                if value.const_value is not None:
+                    value.const_value.name = name
+                model.graph.initializers[name] = value
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what is not the function: paths, stack traces and versions. Same model, same bytes."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    model.graph.name = "effdeploy"
+    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def _specs(values: Any) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = tuple(d.dim_param or int(d.dim_value) for d in tensor.shape.dim)
+        dtype = ir.DataType(tensor.elem_type).numpy().name
+        specs.append(TensorSpec(name=value.name, dtype=dtype, shape=shape))
+    return tuple(specs)
+
+
+def _check_interface(model: ModelProto, request: TraceRequest) -> list[str]:
+    """Compare opset, names, types and every dimension with the request."""
+    versions = {o.domain: o.version for o in model.opset_import}
+    if versions.get("") != request.opset:
+        raise TraceError(
+            f"the exporter wrote opset {versions.get('')}, asked was {request.opset}",
+            hint=f"--set trace.opset={versions.get('')}",
+        )
+    axis: int | str = "batch" if request.batch.dynamic else request.batch.opt
+    got_inputs, got_outputs = _specs(model.graph.input), _specs(model.graph.output)
+    for spec, got in zip(request.inputs, got_inputs, strict=True):
+        want = TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(axis if d == "batch" else d for d in spec.shape))
+        if got != want:
+            raise TraceError(f"input {spec.name}: exported {got.dtype}{list(got.shape)}, asked {list(want.shape)}", hint=_FROZEN)
+    for name, got in zip(request.outputs, got_outputs, strict=True):
+        if got.name != name or got.shape[0] != axis or any(isinstance(d, str) for d in got.shape[1:]):
+            raise TraceError(f"output {name}: exported {got.name} {list(got.shape)}, asked batch axis {axis}", hint=_FROZEN)
+    return [
+        f"opset {request.opset} as asked",
+        "names, types and every dimension of " + ", ".join(s.name for s in (*got_inputs, *got_outputs)) + " as asked",
+    ]
+
+
+_FROZEN = "the exporter froze or freed an axis; try a fixed --batch"
+
+
+def _check_batches(module: nn.Module, path: Path, request: TraceRequest, traced_at: int) -> list[str]:
+    """Run other batch sizes than the traced one and compare with PyTorch: a frozen axis shows here."""
+    if not request.batch.dynamic:
+        return [f"batch is fixed at {request.batch.opt}"]
+    from deploy.backends import load_backend
+    from deploy.backends.base import BuildOptions
+
+    sizes = sorted({request.batch.min, request.batch.min + 1, min(request.batch.max, 3)} - {traced_at})
+    backend = load_backend("onnxruntime")
+    options = BuildOptions(batch=request.batch, inputs=request.inputs, threads=1)
+    (engine,) = backend.build(path, path.parent, options)
+    with backend.open(engine, path.parent, options) as runner:
+        for size in sizes:
+            _compare_batch(module, runner, request, size)
+    return [f"batch {size} runs and agrees with PyTorch (traced at {traced_at})" for size in sizes]
+
+
+def _compare_batch(module: nn.Module, runner: Any, request: TraceRequest, size: int) -> None:
+    arguments = example_inputs(request.inputs, size, seed=size)
+    feeds = {spec.name: tensor.numpy() for spec, tensor in zip(request.inputs, arguments, strict=True)}
+    expected = run_module(module, feeds, request.outputs)
+    got = runner.infer(feeds)
+    for name, value in expected.items():
+        scale = float(np.abs(value).max()) or 1.0
+        if got[name].shape != value.shape or float(np.abs(got[name] - value).max()) > _RUN_TOLERANCE * scale:
+            raise TraceError(f"output {name} is wrong at batch {size}", hint=_FROZEN)
