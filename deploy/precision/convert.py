@@ -16,13 +16,13 @@ from onnx import ModelProto
 from deploy.artifacts import artifact_of
 from deploy.backends.base import Feeds
 from deploy.errors import PrecisionError
-from deploy.graph.io import load_model, module_of, save_model
+from deploy.graph.io import load_model, model_bytes, module_of, write_model
 from deploy.precision import policy
 from deploy.precision.decide import Decision, decide
 from deploy.precision.opset import raise_opset
 from deploy.precision.ranges import ranges_of
 from deploy.precision.rewrite import dtype_counts, typed_model
-from deploy.precision.view import GraphView, inferred, tensor_types, view_of
+from deploy.precision.view import GraphView, inferred, tensor_types, types_in, view_of
 from deploy.precision.weights import loss_warning, refuse_beyond
 from deploy.records import Kept, Precision, PrecisionRecord, Target
 
@@ -69,9 +69,9 @@ def convert_precision(
     _refuse_nothing_low(decision, precision)
     typed = typed_model(source, view, decision, precision)
     refuse_beyond(typed.losses, precision)
-    types = _verified(typed.model)
+    types = _with_all_types(typed.model)
     path = folder / f"30-{precision.value}.onnx"
-    save_model(typed.model, path)
+    write_model(_checked(typed.model), path)
     notes = (raised, loss_warning(typed.losses, precision), *_range_warnings(view, ranges, precision))
     return PrecisionRecord(
         artifact=artifact_of(path, folder),
@@ -109,11 +109,11 @@ def _refuse_nothing_low(decision: Decision, precision: Precision) -> None:
     )
 
 
-def _verified(model: ModelProto) -> dict[str, int]:
-    """Infer all types anew, strictly, write them into the model and run the full checker; return the types.
+def _with_all_types(model: ModelProto) -> dict[str, int]:
+    """Infer all types and shapes anew, strictly, write them into the model and return the types.
 
     Raises:
-        PrecisionError: the typed graph is not valid: a mistake of this stage, not of the user.
+        PrecisionError: two types contradict each other: a mistake of this stage, not of the user.
     """
     whole = inferred(model)
     weights = {t.name for t in model.graph.initializer}
@@ -122,14 +122,24 @@ def _verified(model: ModelProto) -> dict[str, int]:
     for dim in (d for v in model.graph.value_info for d in v.type.tensor_type.shape.dim):
         if dim.dim_param.startswith("unk__"):  # made up by the inference; another run would number them anew
             dim.ClearField("dim_param")
+    return types_in(whole)
+
+
+def _checked(model: ModelProto) -> bytes:
+    """Serialise the typed model and run the full ONNX checker on it.
+
+    Raises:
+        PrecisionError: it is not valid: a mistake of this stage, not of the user.
+    """
+    data = model_bytes(model)
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(data, full_check=True)
     except Exception as error:  # onnx raises ValidationError, InferenceError or ValueError, by check
         raise PrecisionError(
             f"the typed graph does not pass the ONNX checker: {error}",
             hint="report this with the patched file; --fp32 works meanwhile",
         ) from error
-    return tensor_types(model)
+    return data
 
 
 def _kept(view: GraphView, decision: Decision) -> tuple[Kept, ...]:

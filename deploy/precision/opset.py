@@ -28,7 +28,7 @@ def raise_opset(model: ModelProto, low: Precision) -> str | None:
         PrecisionError: the operators cannot be relabelled.
     """
     now = opsets_of(model).get("", 1)
-    if now >= BF16_OPSET:
+    if low is not Precision.BF16 or now >= BF16_OPSET:
         return None
     eager = sorted(_would_gain(model, low))
     if not eager:

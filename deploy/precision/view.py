@@ -95,7 +95,12 @@ def tensor_types(model: ModelProto) -> dict[str, int]:
     Raises:
         PrecisionError: ONNX shape inference refuses the graph.
     """
-    graph = inferred(model).graph
+    return types_in(inferred(model))
+
+
+def types_in(model: ModelProto) -> dict[str, int]:
+    """Element type of every tensor that an inferred model declares."""
+    graph = model.graph
     known = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
     known.update((t.name, t.data_type) for t in graph.initializer)
     return {name: kind for name, kind in known.items() if kind != TensorProto.UNDEFINED}

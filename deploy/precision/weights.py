@@ -14,6 +14,8 @@ from deploy.precision.policy import DTYPE, LIMIT, NAME, NORMAL
 from deploy.records import Precision
 
 _SHOWN = 5
+_FIRST_NORMAL = {Precision.FP16: 0x0400, Precision.BF16: 0x0080}  # bit patterns
+_INFINITY = {Precision.FP16: 0x7C00, Precision.BF16: 0x7F80}
 _MATERIAL = 0.01  # share of a tensor's weights; below it, what is lost is far under the tensor's own rounding error
 
 
@@ -33,20 +35,23 @@ def lowered(tensor: TensorProto, name: str, low: Precision) -> tuple[TensorProto
     values = numpy_helper.to_array(tensor)
     bits = rounded_bits(values, low)
     made = TensorProto(name=name, data_type=DTYPE[low], dims=tensor.dims, raw_data=bits.astype("<u2").tobytes())
-    size = np.abs(values)
-    given = int(np.count_nonzero(size))
-    kept = int(np.count_nonzero(bits & 0x7FFF))
-    full = int(np.count_nonzero(size >= NORMAL[low]))
-    finite = size[np.isfinite(size)]
-    largest = float(finite.max()) if finite.size else 0.0
-    infinite = int(np.count_nonzero(np.isinf(to_float32(bits, low)))) > int(np.count_nonzero(np.isinf(values)))
+    size = bits & np.uint16(0x7FFF)  # without the sign, bit patterns are in the order of the values
+    left = int(np.count_nonzero(size))
     return made, Loss(
         name=tensor.name,
         size=values.size,
-        zeros=given - kept,
-        subnormal=max(kept - full, 0),
-        beyond=largest if infinite else 0.0,
+        zeros=int(np.count_nonzero(values)) - left,
+        subnormal=left - int(np.count_nonzero(size >= _FIRST_NORMAL[low])),
+        beyond=_beyond(values, size, low),
     )
+
+
+def _beyond(values: NDArray[np.float32], size: NDArray[np.uint16], low: Precision) -> float:
+    """Largest finite weight that became infinite, or 0."""
+    if size.size == 0 or size.max() < _INFINITY[low]:
+        return 0.0
+    lost = np.abs(values[(size == _INFINITY[low]) & np.isfinite(values)])
+    return float(lost.max()) if lost.size else 0.0
 
 
 def widened(tensor: TensorProto) -> TensorProto:
