@@ -105,6 +105,11 @@ def test_sentences(tolerance, sentence):
     assert usage(got, tolerance)[0] > 1
 
 
+def test_a_limit_that_is_just_met_holds():
+    got = metrics(REFERENCE.copy())
+    assert judge(got, Tolerance(max_relative=0.0, cosine=1.0, top1=1.0, top5=1.0)) == ()
+
+
 def test_usage_names_the_tightest_limit():
     got = Metrics(
         images=8, nonfinite=0, max_abs=1.0, mean_abs=0.1, max_relative=0.05, relative_l2=0.02, cosine=0.99995,
