@@ -15,12 +15,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from deploy import summary, units
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console as RichConsole
     from rich.progress import Progress
 
@@ -32,12 +33,16 @@ _COLOURS = {"good": "green", "bad": "bold red", "warn": "yellow", "quiet": "dim"
 
 
 class Mode(str, enum.Enum):
-    """Who reads: ``AUTO`` looks at the stream, ``PLAIN`` never styles, ``QUIET`` shows verdicts and problems only."""
+    """Who reads: ``AUTO`` looks at the stream, ``PLAIN`` never styles, ``QUIET`` shows verdicts and problems only.
+
+    ``SILENT`` writes nothing: for programs that call effdeploy as a library and get records and exceptions.
+    """
 
     AUTO = "auto"
     PLAIN = "plain"
     QUIET = "quiet"
     JSON = "json"
+    SILENT = "silent"
 
 
 class Step:
@@ -79,6 +84,7 @@ class Console:
         self._open_line = ""  # a plain step line that waits for its seconds
         self._live: Progress | None = None
         self._styled: dict[int, RichConsole] = {}
+        self._terse = mode in (Mode.QUIET, Mode.SILENT)
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[Step]:
@@ -117,21 +123,21 @@ class Console:
                     return
                 shown = now
                 self._event("progress", title=title, done=done, total=total)
-                if self._live is None and self.mode is not Mode.QUIET:
+                if self._live is None and not self._terse:
                     self._write(self._human, f"      {title}: {done} of {total}")
 
             yield advance
 
     def line(self, text: str = "", tone: str = "") -> None:
         """Write one line for people; ``tone`` is good, bad, warn, quiet or strong. Quiet mode drops it."""
-        if self.mode is not Mode.QUIET:
+        if not self._terse:
             self._write(self._human, text, tone)
         self._event("line", text=text)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Write a table; numbers come formatted."""
         self._event("table", title=title, columns=list(columns), rows=[list(r) for r in rows])
-        if self.mode is not Mode.QUIET:
+        if not self._terse:
             self._write_table(title, columns, rows)
 
     def warn(self, message: str) -> None:
@@ -165,7 +171,7 @@ class Console:
         self._write(self._human, "")
         self._write(self._human, f"{status}: {run.verdict}", tone)
         self._write(self._human, run.model.weights.statement)
-        if self.mode is not Mode.QUIET:
+        if not self._terse:
             self._figures(run)
         if bundle:
             self._fact("bundle", str(bundle))
@@ -218,13 +224,13 @@ class Console:
 
     def _begin_step(self, head: str) -> None:
         """Leave the line open in a log, so that a killed run shows where it was."""
-        if self.mode is Mode.QUIET or self._rich(self._human):
+        if self._terse or self._rich(self._human):
             return
         self._raw(self._human, head)
         self._open_line = head
 
     def _end_step(self, head: str, notes: str, seconds: float, status: str) -> None:
-        if self.mode is Mode.QUIET:
+        if self._terse:
             return
         took = units.seconds(seconds) if seconds >= 60 else f"{seconds:.1f} s"
         tail = f" {notes}  {took}" if notes else f" {took}"
@@ -237,6 +243,8 @@ class Console:
 
     def _write(self, stream: TextIO, text: str, tone: str = "") -> None:
         """Write a line; an open step line is closed first, and written again with its seconds when the step ends."""
+        if self.mode is Mode.SILENT:
+            return
         if self._open_line:
             self._open_line = ""
             self._raw(self._human, "\n")
@@ -256,9 +264,11 @@ class Console:
             from rich.table import Table
             from rich.text import Text
 
-            table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+            table = Table(
+                title=Text(clean(title), style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+            )
             for column in columns:
-                table.add_column(Text(column), overflow="fold")
+                table.add_column(Text(clean(column)), overflow="fold")
             for row in rows:
                 table.add_row(*(Text(clean(cell), style="bold red" if cell.startswith("FAIL") else "") for cell in row))
             styled.print(table)
@@ -279,7 +289,7 @@ class Console:
 
     @contextlib.contextmanager
     def _spinner(self, head: str) -> Iterator[None]:
-        styled = None if self.mode is Mode.QUIET else self._rich(self._human)
+        styled = None if self._terse else self._rich(self._human)
         if styled is None:
             yield
             return

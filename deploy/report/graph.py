@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deploy import units
+from deploy import summary, units
 from deploy.records import PassesRecord, RunRecord
 from deploy.report import charts, words
-from deploy.report.blocks import WARN, Block, Cell, Chart, Details, Facts, Listing, Section, Table, cells
+from deploy.report.blocks import WARN, Block, Cell, Chart, Details, Facts, Listing, Section, Table, Text, cells
 
 
 def graph(run: RunRecord) -> Section:
@@ -110,6 +110,12 @@ def deploy_form(run: RunRecord) -> Section:
             ("parameters", Cell(text=f"{units.count(m.parameters)} → {units.count(m.deploy_parameters)}")),
         )
     )
+    if d is None:
+        return Section(
+            slug="deploy-form",
+            title="Deploy form",
+            blocks=(facts, Text(text=f"drift: {summary.why_missing(run, 'parity')}", tone=WARN)),
+        )
     columns = ("computed in", "largest difference", "of the largest output")
     table = Table(
         title="Drift: deploy form against training form, same input",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from deploy.report.blocks import Block, Cell, Chart, Code, Details, Facts, Listing, Page, Table, Text
 
-_SPECIAL = re.compile(r"[\\`*{<|\[\]~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|^(?:[#>+-]|\d+(?=[.)]))")
+_SPECIAL = re.compile(r"[\\`*{<|\[\]~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
+_AT_LINE_START = re.compile(r"^(\d*)([#>+.)-])(?=\s|[#-])")
 
 
 def to_markdown(page: Page) -> str:
@@ -28,7 +29,7 @@ def to_markdown(page: Page) -> str:
 def escape(text: str) -> str:
     """Take the meaning from every character that Markdown or HTML would act on; one line stays one line."""
     one_line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return _SPECIAL.sub(lambda m: f"\\{m[0]}" if not m[0].isdigit() else f"&#8203;{m[0]}", one_line)
+    return _AT_LINE_START.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", one_line))
 
 
 def _blocks(blocks: Sequence[Block]) -> list[str]:

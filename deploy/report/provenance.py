@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from deploy import summary, units
-from deploy.records import RunRecord, TraceRecord, to_json
+from deploy.records import RunRecord, Stage, TraceRecord, to_json
 from deploy.report.blocks import WARN, Block, Cell, Code, Details, Facts, Section, Table, Text, cells
+
+# What of a recipe has an option of its own; the precision is an option by itself.
+_OPTIONS = (
+    ("variant", "--variant"),
+    ("size", "--size"),
+    ("batch", "--batch"),
+    ("precision", "--"),
+    ("weights", "--weights"),
+    ("target", "--target"),
+    ("engine.backend", "--backend"),
+    ("engine.sm", "--sm"),
+    ("parity.images", "--images"),
+    ("bench.baselines", "--baseline"),
+    ("bench.threads", "--threads"),
+)
 
 
 def files(run: RunRecord) -> Section:
@@ -62,7 +79,10 @@ def recipe(run: RunRecord) -> Section:
 
 def reproduce(run: RunRecord) -> Section:
     """Give the command lines that make and check the same files."""
-    blocks: list[Block] = [Code(text=export_command(run))]
+    lines = (
+        f"{export_command(run)}\n# every setting of the run, from the bundle's folder:\neffdeploy export recipe.yaml"
+    )
+    blocks: list[Block] = [Code(text=lines)]
     if polygraphy := polygraphy_commands(run):
         words = "Without effdeploy, in the bundle's folder: typed file against traced file on the same seeded inputs."
         blocks += [Text(text=words), Code(text=polygraphy)]
@@ -70,21 +90,23 @@ def reproduce(run: RunRecord) -> Section:
 
 
 def export_command(run: RunRecord) -> str:
-    """Return the ``effdeploy export`` line for what the record says was asked."""
-    m = run.model
-    words = ["effdeploy", "export", m.system, "--variant", m.variant, "--size", f"{m.size[0]}x{m.size[1]}"]
-    if run.trace:
-        words += ["--batch", str(run.trace.batch)]
-    if run.precision:
-        words.append(f"--{run.precision.precision.value}")
-    if run.engines:
-        words += ["--backend", run.engines[0].backend]
-    if m.weights.path:
-        words += ["--weights", m.weights.path]
-    baselines = dict.fromkeys(r.baseline for r in run.bench.ratios) if run.bench else {}
-    if baselines:
-        words += ["--baseline", ",".join(baselines)]
+    """Return the ``effdeploy export`` line for what the recipe asked; settings without an option are in the recipe."""
+    words = ["effdeploy", "export", run.model.system]
+    for keys, option in _OPTIONS:
+        value = _lookup(run.recipe, keys)
+        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        if value is not None and text:
+            words += [f"--{text}"] if option == "--" else [option, text]
+    if run.until is not Stage.REPORT:
+        words += ["--until", run.until.value]
     return shlex.join(words)
+
+
+def _lookup(recipe: Mapping[str, Any], keys: str) -> Any:
+    value: Any = recipe
+    for key in keys.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def polygraphy_commands(run: RunRecord) -> str:

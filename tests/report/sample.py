@@ -59,8 +59,14 @@ def full_run(**changes: Any) -> RunRecord:
         recipe={
             "system": "riformer",
             "variant": "s12",
-            "trace": {"opset": 20, "size": [224, 224]},
-            "precision": {"kind": "fp16"},
+            "size": "224x224",
+            "batch": "1",
+            "precision": "fp16",
+            "weights": "random",
+            "target": None,
+            "trace": {"opset": None, "attention_op": False},
+            "engine": {"backend": "onnxruntime", "sm": [], "threads": 0},
+            "parity": {"images": None, "seed": 0},
             "bench": {"baselines": ["naive", "eager"], "threads": 1},
         },
         environment=Environment(
