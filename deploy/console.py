@@ -249,6 +249,7 @@ class Console:
             self._open_line = ""
             self._raw(self._human, "\n")
         if styled := self._rich(stream):
+            styled = self._live.console if self._live else styled  # else the bar would wipe the line away
             styled.print(clean(text), style=_COLOURS[tone] or None, markup=False, highlight=False, soft_wrap=True)
         else:
             self._raw(stream, text + "\n")

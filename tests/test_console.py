@@ -116,6 +116,15 @@ def test_a_terminal_gets_colour_and_the_same_words() -> None:
     assert "exit code 15" in err.getvalue()
 
 
+def test_a_warning_during_progress_is_printed_above_the_bar() -> None:
+    console, out, err = make(terminal=True)
+    with console.step("parity"), console.progress(2, "images") as advance:
+        advance(1)
+        console.warn("careful")
+    assert "warning: careful" in out.getvalue()  # by the bar's own console: it would wipe a line of another one
+    assert err.getvalue() == ""
+
+
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {}])
 def test_dumb_terminals_and_plain_mode_get_no_escapes(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -118,6 +121,22 @@ def test_same_record_same_bytes_and_again_from_the_manifest(name: str, form: str
         folder.mkdir()
         files += render([each], folder, formats=(form,))
     assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
+
+
+def test_other_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\nfrom deploy.report import render\nfrom report import sample\n"
+        "render([sample.full_run()], Path(sys.argv[2]))\n"
+    )
+    render([sample.full_run()], tmp_path)
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        arguments = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(folder)]
+        subprocess.run(arguments, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        for name in ("report.html", "report.md"):
+            assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", RUNS)
