@@ -93,13 +93,22 @@ def _asked(view: GraphView, floats: list[int], keep: Iterable[str]) -> Marks:
 
 
 def _by_operator(view: GraphView, floats: list[int], target: Target) -> Marks:
-    marks = {i: policy.KEPT_OPS[op] for i in floats if (op := view.nodes[i].op_type) in policy.KEPT_OPS}
+    marks: Marks = {}
     for index in floats:
         node = view.nodes[index]
         mode = attribute(node, "reduction")
         if node.op_type in policy.ACCUMULATING and mode is not None and mode.s != b"none":
             marks[index] = policy.SCATTER
+        elif node.op_type in policy.KEPT_OPS and not _float32_inside(view, node, target):
+            marks[index] = policy.KEPT_OPS[node.op_type]
     return marks
+
+
+def _float32_inside(view: GraphView, node: NodeProto, target: Target) -> bool:
+    """Whether the runtime has this norm as one operator with float32 statistics, which opset 21 made explicit."""
+    stash = attribute(node, "stash_type")
+    explicit = view.opsets.get("", 1) >= 21 and (stash is None or stash.i == FLOAT)
+    return explicit and node.op_type in policy.FLOAT32_INSIDE[target]
 
 
 def _by_path(view: GraphView) -> Marks:
