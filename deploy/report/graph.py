@@ -50,11 +50,12 @@ def _op_bar(name: str, before: int, after: int) -> charts.Bar:
 
 
 def _passes(record: PassesRecord) -> list[Block]:
-    columns = ("pass", "why", "sites", "declined", "nodes", "change of outputs", "time")
+    verified = any(p.max_abs_change is not None for p in record.passes)  # --verify-each
+    figures = ("sites", "declined", "nodes", *(("change of outputs",) if verified else ()), "time")
     table = Table(
         title="Passes",
-        columns=columns,
-        numeric=frozenset(columns[2:]),
+        columns=("pass", "why", *figures),
+        numeric=frozenset(figures),
         rows=tuple(
             cells(
                 Cell(text=p.name, code=True),
@@ -62,7 +63,7 @@ def _passes(record: PassesRecord) -> list[Block]:
                 units.count(p.sites),
                 units.count(len(p.declined)),
                 f"{units.count(p.nodes_before)} → {units.count(p.nodes_after)}",
-                units.number(p.max_abs_change),
+                *((units.number(p.max_abs_change),) if verified else ()),
                 units.seconds(p.seconds),
             )
             for p in record.passes

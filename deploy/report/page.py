@@ -69,7 +69,8 @@ def ratio_tile(run: RunRecord) -> Tile:
         why = _why(run, "latency") if run.bench is None else "no baseline was asked for (--baseline)"
         return Tile(label="against baseline", value="not run", note=why)
     r = run.bench.ratios[0]
-    note = f"times as fast as {r.baseline}, batch {r.batch} ({units.number(r.p10)} to {units.number(r.p90)})"
+    word = "faster than" if r.p10 > 1 else "slower than" if r.p90 < 1 else "no clear difference from"
+    note = f"{word} {r.baseline}, batch {r.batch} ({units.number(r.p10)} to {units.number(r.p90)})"
     return Tile(label="against baseline", value=f"{units.number(r.median)}x", note=note)
 
 

@@ -402,6 +402,27 @@ def test_formats_and_faults(tmp_path: Path) -> None:
         render([run], tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    ("p10", "p90", "words"),
+    [(1.05, 1.2, "faster than naive"), (0.8, 0.9, "slower than naive"), (0.9, 1.1, "no clear difference from naive")],
+)
+def test_a_ratio_is_not_called_faster_unless_it_is(p10: float, p90: float, words: str) -> None:
+    run = sample.full_run()
+    assert run.bench is not None
+    ratio = dataclasses.replace(run.bench.ratios[0], p10=p10, p90=p90)
+    bench = dataclasses.replace(run.bench, ratios=(ratio,))
+    assert run_page(dataclasses.replace(run, bench=bench)).tiles[1].note.startswith(words)
+
+
+def test_unverified_passes_have_no_column_for_it(tmp_path: Path) -> None:
+    run = sample.full_run()
+    assert run.passes is not None
+    assert "change of outputs" in markdown_of(run, tmp_path)
+    bare = tuple(dataclasses.replace(p, max_abs_change=None) for p in run.passes.passes)
+    passes = dataclasses.replace(run.passes, passes=bare)
+    assert "change of outputs" not in markdown_of(dataclasses.replace(run, passes=passes), tmp_path)
+
+
 def test_page_object_has_the_tiles() -> None:
     page = run_page(sample.full_run())
     assert [t.value for t in page.tiles] == ["31.9 ms", "1.08x", "0.00126", "24.0 MB"]
