@@ -77,7 +77,7 @@ def node_value(node: gs.Node, opset: int, read: Reader = constant) -> Array | No
     inputs = [None if t.is_empty() else read(t) for t in node.inputs]
     if not inputs or any(v is None and not t.is_empty() for v, t in zip(inputs, node.inputs, strict=True)):
         return None
-    times = _growth(node.op, [i for i in inputs if i is not None])
+    times = _growth(node, [i for i in inputs if i is not None])
     require(times <= MAX_GROWTH, f"its result is {times:.0f} times as large as its inputs, the limit is {MAX_GROWTH}")
     values = _evaluate(node, opset, inputs)
     expected = dtype_of(node.outputs[0])
@@ -85,9 +85,11 @@ def node_value(node: gs.Node, opset: int, read: Reader = constant) -> Array | No
     return values
 
 
-def _growth(op: str, inputs: list[Array]) -> float:
+def _growth(node: gs.Node, inputs: list[Array]) -> float:
     """Bound from above how many times larger than its inputs a result is, 0 for a small one; nothing is computed."""
-    size = _result_size(op, inputs) * max(i.itemsize for i in inputs)
+    dtype = dtype_of(node.outputs[0])
+    itemsize = max(i.itemsize for i in inputs) if dtype is None else dtype.itemsize
+    size = _result_size(node.op, inputs) * itemsize
     return 0.0 if size <= ALWAYS_BYTES else size / max(1, sum(i.nbytes for i in inputs))
 
 
@@ -107,7 +109,7 @@ def _evaluate(node: gs.Node, opset: int, inputs: list[Array | None]) -> Array:
                 ),
                 opset_imports=[onnx.helper.make_opsetid("", opset)],
             )
-            return np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+            return np.asarray(next(iter(ReferenceEvaluator(model).run(None, feeds))))
         except Exception as error:  # the reference raises whatever numpy and its own checks raise
             raise DeclinedError(f"{node.op} cannot be computed: {error}") from error
 

@@ -173,19 +173,26 @@ def rank_of(tensor: gs.Tensor) -> int | None:
     return None if tensor.shape is None else len(tensor.shape)
 
 
-def reshape_target(node: gs.Node) -> tuple[Dim, ...] | None:
-    """Return the shape that a Reshape gives, 0 and -1 resolved as far as known; ``None`` for a computed target."""
+def reshape_target(
+    node: gs.Node, copied: tuple[Dim, ...] | None = None, sized: tuple[Dim, ...] | None = None
+) -> tuple[Dim, ...] | None:
+    """Return the shape that a Reshape gives, 0 and -1 resolved as far as known; ``None`` for a computed target.
+
+    Args:
+        node: The Reshape.
+        copied: Shape that a 0 copies from, when more is known than the graph says of the input.
+        sized: Shape of any tensor with as many elements, from which -1 follows.
+    """
     target, shape = constant(node.inputs[1]), shape_of(node.inputs[0])
     if target is None:
         return None
-    copies = not node.attrs.get("allowzero", 0)
+    source, copies = copied or shape or (), not node.attrs.get("allowzero", 0)
     dims: list[Dim] = []
     for axis, size in enumerate(int(d) for d in target):
-        copied = shape[axis] if shape is not None and axis < len(shape) else None
-        dims.append(copied if size == 0 and copies else size)
+        dims.append((source[axis] if axis < len(source) else None) if size == 0 and copies else size)
     if -1 in dims:
         index = dims.index(-1)
-        dims[index] = _remaining(shape, dims[:index] + dims[index + 1 :])
+        dims[index] = _remaining(sized or shape, dims[:index] + dims[index + 1 :])
     return tuple(dims)
 
 

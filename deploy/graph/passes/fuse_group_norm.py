@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 from deploy.graph.base import GraphPass, PassResult, parse_example
 from deploy.graph.matching import (
     Array,
+    Dim,
     become,
     constant,
     new_constant,
@@ -83,7 +84,7 @@ def _core(norm: gs.Node, split: gs.Node, join: gs.Node) -> _Core:
         isinstance(groups, int) and isinstance(channels, int) and groups > 0 and channels % groups == 0,
         f"{split.name} does not split the {channels} channels evenly",
     )
-    require(_restores(join, x), f"{join.name} does not restore the shape of {x.name!r}")
+    require(_restores(join, x, grouped), f"{join.name} does not restore the shape of {x.name!r}")
     gain, bias = constant(norm.inputs[1]), constant(norm.inputs[2])
     require(gain is not None and bias is not None, "its scale or bias is not constant")
     return _Core(
@@ -95,7 +96,7 @@ def _core(norm: gs.Node, split: gs.Node, join: gs.Node) -> _Core:
     )
 
 
-def _restores(join: gs.Node, x: gs.Tensor) -> bool:
+def _restores(join: gs.Node, x: gs.Tensor, grouped: tuple[Dim, ...] | None) -> bool:
     measured = producer(join.inputs[1], "Shape")
     if (
         measured is not None
@@ -104,7 +105,8 @@ def _restores(join: gs.Node, x: gs.Tensor) -> bool:
         and "end" not in measured.attrs
     ):
         return True
-    shape, target = shape_of(x), reshape_target(join)
+    shape = shape_of(x)
+    target = reshape_target(join, copied=grouped, sized=shape)
     return target is not None and target == shape and sum(d is None for d in target) == 0
 
 
