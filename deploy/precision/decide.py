@@ -216,9 +216,10 @@ def _by_constant(view: GraphView, floats: list[int], low: Precision) -> Marks:
     for index in floats:
         node = view.nodes[index]
         pinned = policy.PINNED.get(node.op_type, frozenset())
-        for slot, name in enumerate(node.input):
-            value = scalars.get(name)
-            if value is None or slot in pinned:
+        read = [scalars[name] for slot, name in enumerate(node.input) if name in scalars and slot not in pinned]
+        fill = attribute(node, "value") if node.op_type == "ConstantOfShape" else None
+        for value in read if fill is None else [_scalar(fill.t)]:
+            if value is None:
                 continue
             if 0 < value <= policy.SMALLEST[low] / 2:
                 marks.setdefault(index, policy.TINY.format(dtype=policy.NAME[low]))

@@ -87,10 +87,11 @@ ELEMENTWISE = MOVEMENT | frozenset(
     {
         "Abs", "Add", "And", "Ceil", "Clip", "Concat", "Div", "Equal", "Erf", "Exp", "Floor", "Greater",
         "GreaterOrEqual", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "Pad", "Pow",
+        "ReduceMax", "ReduceMin",
         "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sqrt", "Sub", "Sum", "Tanh", "Where",
     }
 )  # fmt: skip
-"""Operators that a path rule may walk through: they neither mix channels nor cost a kernel of their own."""
+"""Operators that a path rule may walk through: each output value comes from one place, no sum is taken over many."""
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Einsum"})
 """Where a walk up the score path ends: the product that makes the scores belongs to it."""

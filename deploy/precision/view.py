@@ -197,8 +197,9 @@ def _without_weights(model: ModelProto) -> ModelProto:
     slim.functions.extend(model.functions)
     source, graph = model.graph, slim.graph
     graph.name = source.name
-    for part in ("node", "input", "output", "value_info", "sparse_initializer"):
+    for part in ("input", "output", "value_info", "sparse_initializer"):
         getattr(graph, part).extend(getattr(source, part))
+    graph.node.extend(_inferable(node) for node in source.node)
     given = {i.name for i in source.input}
     for tensor in source.initializer:
         if len(tensor.raw_data) <= 1024:
@@ -206,6 +207,13 @@ def _without_weights(model: ModelProto) -> ModelProto:
         elif tensor.name not in given:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     return slim
+
+
+def _inferable(node: NodeProto) -> NodeProto:
+    """Stand Identity in for the two norms that onnx has no inference for: their output is like their first input."""
+    if node.op_type not in ("GroupNormalization", "MeanVarianceNormalization") or node.domain:
+        return node
+    return helper.make_node("Identity", node.input[:1], node.output[:1], name=node.name)
 
 
 def _refuse_typed(types: Mapping[str, int]) -> None:

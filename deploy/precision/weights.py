@@ -82,12 +82,12 @@ def to_float32(bits: NDArray[np.uint16], low: Precision) -> NDArray[np.float32]:
 
 
 def refuse_beyond(losses: Iterable[Loss], low: Precision) -> None:
-    """Refuse weights that the low type cannot hold.
+    """Refuse weights that the low type cannot hold; of scalars only bounds of Clip get here, and they may be infinite.
 
     Raises:
         PrecisionError: some weights are beyond its range; the message names their tensors.
     """
-    beyond = [loss for loss in losses if loss.beyond]
+    beyond = [loss for loss in losses if loss.beyond and loss.size > 1]
     if not beyond:
         return
     named = "; ".join(f"{loss.name} (largest {loss.beyond:.6g})" for loss in beyond[:_SHOWN])
