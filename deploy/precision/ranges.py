@@ -119,16 +119,19 @@ def _finite_max(values: Array) -> float:
 
 
 def _batches(model: ModelProto, feeds: Feeds) -> Iterator[Feeds]:
-    """Split the feeds into the model's fixed batch, or two images where it is dynamic."""
-    total = min((len(array) for array in feeds.values() if array.ndim), default=0)
-    step = total or 1
+    """Split the feeds along axis 0 into the model's fixed batch, or two images at a time where it is dynamic."""
+    steps = {}
     for given in model.graph.input:
-        shape = given.type.tensor_type.shape
-        if given.name in feeds and shape.dim:
-            first = shape.dim[0]
-            step = first.dim_value if first.HasField("dim_value") else min(step, IMAGES)
-    for start in range(0, max(total, 1), step):
-        yield {name: array[start : start + step] if array.ndim else array for name, array in feeds.items()}
+        dims = given.type.tensor_type.shape.dim
+        array = feeds.get(given.name)
+        if array is None or not array.ndim or not dims:
+            continue
+        step = dims[0].dim_value if dims[0].HasField("dim_value") else IMAGES
+        if step < len(array):
+            steps[given.name] = step
+    runs = max((math.ceil(len(feeds[name]) / step) for name, step in steps.items()), default=1)
+    for i in range(runs):
+        yield {n: array[i * steps[n] : (i + 1) * steps[n]] if n in steps else array for n, array in feeds.items()}
 
 
 def _session(model: ModelProto) -> object:

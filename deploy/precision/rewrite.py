@@ -187,9 +187,10 @@ class _Writer:
 
 
 def dtype_counts(model: ModelProto, types: dict[str, int]) -> dict[str, int]:
-    """Count nodes by the float type of their first output, as fp32, fp16 and bf16."""
+    """Count nodes by the float type of their first output (fp32, fp16, bf16); casts between floats are left out."""
     names: dict[int, str] = {FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
-    kinds = (types.get(n.output[0], 0) for n in model.graph.node if n.output)
+    counted = (n for n in model.graph.node if n.output and not (n.op_type == "Cast" and types.get(n.input[0]) in names))
+    kinds = (types.get(n.output[0], 0) for n in counted)
     return dict(sorted(Counter(names[k] for k in kinds if k in names).items()))
 
 
