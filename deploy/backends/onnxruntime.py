@@ -31,12 +31,16 @@ from deploy.records import EngineRecord, Precision, Target, TensorSpec
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _FATAL = 4  # ONNX Runtime's severity; what it would log below this, it also raises, and then it is our error's message
+# The official wheels (1.31) upload usage events and keep a database under ~/.cache unless told before the import.
+_TELEMETRY_OFF = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED")
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the other names only lose "tensor()"
 
 
 def _runtime() -> Any:
     """Import ONNX Runtime without its noise; 1.23 and later warn at import on machines without a PCI graphics card."""
     if "onnxruntime" not in sys.modules:
+        for name in _TELEMETRY_OFF:
+            os.environ.setdefault(name, "1")
         with _native_stderr_closed():
             import onnxruntime
     import onnxruntime

@@ -26,6 +26,7 @@ from deploy.backends.audit import audit_engine, audited, graph_types
 from deploy.backends.base import Array, BuildOptions, Feeds
 from deploy.backends.feeds import check_feeds
 from deploy.backends.gpu import Gpu, first_gpu
+from deploy.backends.native import collector_paused
 from deploy.backends.trt_layers import kernels_from_inspector
 from deploy.errors import BackendUnavailableError, EffdeployError, EngineBuildError
 from deploy.records import Batch, EngineRecord, Target, TensorSpec
@@ -232,7 +233,7 @@ def inspect_plan(trt: Any, plan: bytes) -> dict[str, Any]:
 @contextlib.contextmanager
 def _translated(action: str, kind: type[EffdeployError]) -> Iterator[None]:
     """The one border for polygraphy's and TensorRT's exceptions; what they log becomes the message."""
-    with _polygraphy_log() as lines:
+    with _polygraphy_log() as lines, collector_paused():
         try:
             yield
         except Exception as error:

@@ -20,6 +20,7 @@ from deploy.artifacts import artifact_of, storage_errors
 from deploy.backends.audit import audit_engine, audited, graph_types
 from deploy.backends.base import BuildOptions, Runner
 from deploy.backends.gpu import first_gpu
+from deploy.backends.native import collector_paused
 from deploy.backends.trt_layers import kernels_from_log
 from deploy.errors import BackendUnavailableError, EngineBuildError
 from deploy.records import Batch, EngineRecord, Target
@@ -84,19 +85,11 @@ class TensorRtRtxBackend:
 
     def _build_one(self, model: Path, folder: Path, options: BuildOptions, sm: int) -> EngineRecord:
         trt = _runtime()
-        log = _collector(trt)
         start = time.perf_counter()
-        builder = trt.Builder(log)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parse(trt, network, model, log)
-        plan = builder.build_serialized_network(network, _config(trt, builder, network, options, sm))
+        with collector_paused():
+            plan, log = _compile(trt, model, options, sm)
         seconds = time.perf_counter() - start
-        if plan is None:
-            raise EngineBuildError(
-                f"TensorRT-RTX could not build {model.name} for SM {sm}: {_complaint(log.lines)}",
-                hint="effdeploy lints for TensorRT's limits; export with --verify-each, or use --backend onnxruntime",
-            )
-        kernels = kernels_from_log("\n".join(message for _, message in log.lines))
+        kernels = kernels_from_log(log)
         audit = audited(audit_engine(options.precision, graph_types(model), kernels, "build log"))
         path = folder / f"engine-sm{sm}.rtx"
         with storage_errors(f"cannot write {path.name}"):
@@ -135,6 +128,21 @@ def _not_run(sm: int) -> str:
     if first_gpu() is None:
         return f"built ahead of time for SM{sm} on a machine without a GPU; not run"
     return f"built ahead of time for SM{sm}; TensorRT-RTX engines are not run by effdeploy"
+
+
+def _compile(trt: Any, model: Path, options: BuildOptions, sm: int) -> tuple[bytes, str]:
+    """Parse and build; return the serialised engine and the whole log."""
+    log = _collector(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parse(trt, network, model, log)
+    plan = builder.build_serialized_network(network, _config(trt, builder, network, options, sm))
+    if plan is None:
+        raise EngineBuildError(
+            f"TensorRT-RTX could not build {model.name} for SM {sm}: {_complaint(log.lines)}",
+            hint="the message names the node; --backend onnxruntime runs the same graph",
+        )
+    return bytes(plan), "\n".join(message for _, message in log.lines)
 
 
 def parse(trt: Any, network: Any, model: Path, log: Any) -> None:

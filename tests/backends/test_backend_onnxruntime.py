@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -147,9 +148,18 @@ def test_importing_the_runtime_prints_nothing():
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_noise_of_the_import_would_be_swallowed(capfd):
-    import os
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_importing_the_runtime_does_not_start_its_telemetry():
+    code = (
+        "import os; from deploy.backends import load_backend; load_backend('onnxruntime').available();"
+        "print(sum('onnxruntime.db' in os.path.realpath(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in module._TELEMETRY_OFF}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
 
+
+def test_noise_of_the_import_would_be_swallowed(capfd):
     with module._native_stderr_closed():
         os.write(2, b"device_discovery warning")
     os.write(2, b"afterwards")
