@@ -103,7 +103,9 @@ class Batch:
         """
         parts = str(text).split(":")
         if len(parts) not in (1, 3) or not all(p.isascii() and p.isdigit() for p in parts):
-            raise RecipeError(f"batch: got {text!r}, expected one number or min:opt:max", hint="--batch 4 or --batch 1:8:32")
+            raise RecipeError(
+                f"batch: got {text!r}, expected one number or min:opt:max", hint="--batch 4 or --batch 1:8:32"
+            )
         low, opt, high = (int(p) for p in (parts * 3 if len(parts) == 1 else parts))
         if not 1 <= low <= opt <= high:
             raise RecipeError(f"batch: got {text!r}, expected 1 <= min <= opt <= max", hint="--batch 1:8:32")
@@ -221,7 +223,8 @@ class Kept:
 class PrecisionRecord:
     """``30-<precision>.onnx``, or the patched file itself for FP32.
 
-    ``dtype_counts`` counts the floating-point nodes of the graph by the type of their first output.
+    ``dtype_counts`` counts the floating-point nodes of the graph by the type of their first output; the
+    ``casts`` between float types are not among them.
     """
 
     artifact: Artifact

@@ -206,15 +206,27 @@ def _with_external_data(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
                 f"{path.name}: the data of {tensor.name!r} points outside its folder: {location!r}",
                 hint="do not use this file; export it again",
             )
-    if external:
-        try:
-            onnx.external_data_helper.load_external_data_for_model(model, str(folder))
-        except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
-            raise GraphPassError(
-                f"{path.name}: its external data cannot be read: {error}",
-                hint="keep the data file beside the .onnx file",
-            ) from error
+    if not external:
+        return model
+    try:
+        onnx.external_data_helper.load_external_data_for_model(model, str(folder))
+        short = next((t.name for t in external if len(t.raw_data) < _byte_size(t)), None)
+        if short is not None:
+            raise ValueError(f"it ends within {short!r}")
+    except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+        raise GraphPassError(
+            f"{path.name}: its external data cannot be read: {error}",
+            hint="keep the whole data file beside the .onnx file",
+        ) from error
     return model
+
+
+def _byte_size(tensor: onnx.TensorProto) -> int:
+    """Return how many bytes a tensor's values take at least; types below a byte are packed in pairs."""
+    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    packed = onnx.TensorProto.DataType.Name(tensor.data_type).endswith(("INT4", "4E2M1", "INT2"))
+    size: int = math.prod(tensor.dims) * itemsize // (4 if packed else 1)
+    return size
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -265,7 +277,7 @@ def _inferred_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
         else:
             bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     try:
-        values = list(onnx.shape_inference.infer_shapes(bare, data_prop=True).graph.value_info)
+        values = list(onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True).graph.value_info)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         raise GraphPassError(f"the types and shapes of the graph contradict each other: {error}") from error
     for dim in (d for value in values for d in value.type.tensor_type.shape.dim):

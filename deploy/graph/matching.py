@@ -49,7 +49,7 @@ def rewrite(graph: gs.Graph, ops: Collection[str], visit: Callable[[gs.Graph, gs
             try:
                 sites += visit(graph, node)
             except DeclinedError as reason:
-                declined.append(f"{node.name}: {reason}")
+                declined.append(f"{label(node)}: {reason}")
     if sites:
         sweep(graph)
     return PassResult(sites=sites, declined=tuple(declined))
@@ -60,7 +60,7 @@ def refuse_control_flow(graph: gs.Graph) -> PassResult | None:
     for node in graph.nodes:
         if next(node.subgraphs(), None) is not None:
             return PassResult(
-                sites=0, declined=(f"{node.name}: {node.op} holds a subgraph; the whole graph is left alone",)
+                sites=0, declined=(f"{label(node)}: {node.op} holds a subgraph; the whole graph is left alone",)
             )
     return None
 
@@ -83,6 +83,12 @@ def detach(node: gs.Node) -> None:
     """Take a node's tensors from it, so that nobody counts it as their consumer."""
     node.inputs.clear()
     node.outputs.clear()
+
+
+def label(node: gs.Node) -> str:
+    """Name a node in a sentence; files of other tools leave names empty."""
+    outputs = [t.name for t in node.outputs]
+    return node.name or f"{node.op} that makes {', '.join(outputs)}"
 
 
 def is_op(node: gs.Node | None, *ops: str) -> bool:
@@ -111,8 +117,8 @@ def only_consumer(graph: gs.Graph, tensor: gs.Tensor, *ops: str) -> gs.Node | No
 def require_private(graph: gs.Graph, node: gs.Node) -> None:
     """Decline unless the first output of ``node`` is read by exactly one node and is no graph output."""
     tensor = node.outputs[0]
-    require(not is_output(graph, tensor), f"{node.name} makes the graph output {tensor.name!r}")
-    require(len(tensor.outputs) == 1, f"the result of {node.name} has {len(tensor.outputs)} consumers")
+    require(not is_output(graph, tensor), f"{label(node)} makes the graph output {tensor.name!r}")
+    require(len(tensor.outputs) == 1, f"the result of {label(node)} has {len(tensor.outputs)} consumers")
 
 
 def constant(tensor: gs.Tensor) -> Array | None:
@@ -238,10 +244,15 @@ def reduction_axes(node: gs.Node) -> tuple[int, ...] | None:
 
 def become(graph: gs.Graph, node: gs.Node, op: str, inputs: Sequence[gs.Tensor], **attrs: object) -> None:
     """Turn the last node of a site into the operator that replaces the site; it keeps its place, outputs and module."""
-    module = module_of(node.name)
-    node.name = unused_name({n.name for n in graph.nodes if n is not node}, f"{module}/{op}" if module else op)
+    node.name = unused_name({n.name for n in graph.nodes if n is not node}, inside(node, op))
     node.op, node.attrs = op, dict(attrs)
     node.inputs = list(inputs)
+
+
+def inside(node: gs.Node, name: str) -> str:
+    """Put a name into the module of a node: ``norm1/Div``, ``gain`` -> ``norm1/gain``."""
+    module = module_of(node.name)
+    return f"{module}/{name}" if module else name
 
 
 def new_constant(graph: gs.Graph, name: str, values: Array) -> gs.Constant:

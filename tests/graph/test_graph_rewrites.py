@@ -9,7 +9,7 @@ import onnx
 import pytest
 from graph_cases import apply, assert_same, build, draw, ops
 
-from deploy.graph.io import graph_of
+from deploy.graph.io import graph_of, model_of
 from deploy.graph.passes import (
     CONSTANT_AXES,
     FOLD_CONSTANTS,
@@ -384,3 +384,42 @@ def test_sharing_does_not_load_or_change_the_weights() -> None:
     graph = graph_of(model)
     SHARE_INITIALIZERS.apply(graph)
     assert all(type(t._values).__name__ == "LazyValues" for n in graph.nodes for t in n.inputs[1:])
+
+
+def test_expressions_that_differ_in_a_tensor_attribute_stay_apart() -> None:
+    text = """g (float[2] x) => (float[2] y) {
+        a = ConstantOfShape<value = float[1] {3}>(s)  b = ConstantOfShape<value = float[1] {5}>(s)
+        c = Mul(x, a)  y = Add(c, b)
+    }"""
+    model = build(text, s=[2])
+    result, after = apply(SHARE_INITIALIZERS, model)
+    assert result.sites == 0
+    assert_same(model, after, atol=0)
+
+
+def test_twin_casts_merge_into_the_first_in_the_graph_whatever_the_order_of_consumers() -> None:
+    text = """g (float[4] x) => (float[4] y) {
+        a = Cast<to = 10>(x)  same = Cast<to = 1>(x)  b = Cast<to = 10>(same)  c = Add(a, b)  y = Cast<to = 1>(c)
+    }"""
+    model = build(text)
+    graph = graph_of(onnx.load_from_string(model.SerializeToString()))
+    graph.inputs[0].outputs.reverse()
+    assert REMOVE_CASTS.apply(graph).sites == 2
+    after = model_of(graph)
+    assert ops(after) == ["Cast", "Add", "Cast"]
+    assert_same(model, after, atol=0)
+
+
+def test_half_precision_weights_are_not_rounded_twice() -> None:
+    text = "g (float16[1,2,2,2] x) => (float16[1,2,2,2] y) { a = Conv(x, w)  y = BatchNormalization(a, g, b, m, v) }"
+    arrays = {name: values.astype(np.float16) for name, values in statistics(2).items()}
+    result, _ = apply(FUSE_BATCH_NORM, build(text, w=draw(2, 2, 1, 1).astype(np.float16), **arrays))
+    assert result.declined == ("block/BatchNormalization: the weights are float16, which folding would round again",)
+
+
+def test_nodes_without_names_are_named_by_what_they_make() -> None:
+    model = build("g (float[2] x) => (float[2] y) { a = Cast<to = 10>(x)  b = Cast<to = 1>(a)  y = Neg(b) }")
+    for node in model.graph.node:
+        node.name = ""
+    result, _ = apply(REMOVE_CASTS, model)
+    assert result.declined == ("Cast that makes b: the chain float32 -> float16 -> float32 loses values in the middle",)

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from deploy.graph.base import GraphPass, PassResult, parse_example
 from deploy.graph.evaluate import known_value
-from deploy.graph.matching import new_constant, optional_input, rank_of, require, rewrite, static_shape
+from deploy.graph.matching import inside, new_constant, optional_input, rank_of, require, rewrite, static_shape
 
 _REDUCTIONS = frozenset(
     {"ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"}
@@ -29,13 +29,13 @@ def _visit(graph: gs.Graph, node: gs.Node) -> bool:
     if "axes" in node.attrs:
         return False
     given = optional_input(node, 1)
-    if isinstance(given, gs.Constant) and given.shape != (0,) and list(given.shape) != [0]:
+    if isinstance(given, gs.Constant) and list(given.shape) != [0]:
         return False
     axes = _omitted_axes(node) if given is None else _computed_axes(graph, node, given)
     if not _takes_axes_as_input(node.op, graph.opset):
         node.attrs["axes"] = [int(a) for a in axes]
         return True
-    values = new_constant(graph, f"{node.name}_axes", np.array(axes, dtype=np.int64))
+    values = new_constant(graph, inside(node, "axes"), np.array(axes, dtype=np.int64))
     node.inputs = [node.inputs[0], values]
     return True
 

@@ -22,6 +22,7 @@ from deploy.graph.matching import (
     DeclinedError,
     bypass,
     constant,
+    label,
     new_constant,
     optional_input,
     producer,
@@ -67,11 +68,12 @@ def _affine(norm: gs.Node) -> tuple[Array, Array]:
 
 def _folded(layer: gs.Node, scale: Array, shift: Array) -> tuple[Array, Array]:
     weight = constant(layer.inputs[1])
-    require(weight is not None, f"the weight of {layer.name} is not constant")
+    require(weight is not None, f"the weight of {label(layer)} is not constant")
+    dtype = np.asarray(weight).dtype
+    require(dtype.itemsize >= 4, f"the weights are {dtype}, which folding would round again")
     bias = _bias(layer, scale.size)
     wide = np.asarray(weight, dtype=np.float64)
     folded = wide * _per_output_channel(layer, scale, wide.shape)
-    dtype = np.asarray(weight).dtype
     with np.errstate(over="ignore"):
         results = folded.astype(dtype), (bias * scale + shift).astype(dtype)
     require(all(np.isfinite(r).all() for r in results), f"the folded weights do not fit into {dtype}")
@@ -83,10 +85,11 @@ def _bias(layer: gs.Node, channels: int) -> Array:
     if tensor is None:
         return np.zeros(channels)
     values = constant(tensor)
-    require(values is not None, f"the bias of {layer.name} is not constant")
+    require(values is not None, f"the bias of {label(layer)} is not constant")
     bias = np.asarray(values, dtype=np.float64)
     require(
-        bias.size == 1 or bias.shape in ((channels,), (1, channels)), f"the bias of {layer.name} is not one per channel"
+        bias.size == 1 or bias.shape in ((channels,), (1, channels)),
+        f"the bias of {label(layer)} has rows",
     )
     beta = layer.attrs.get("beta", 1.0) if layer.op == "Gemm" else 1.0
     return np.broadcast_to(bias.reshape(-1), (channels,)) * beta

@@ -23,6 +23,8 @@ from deploy.graph.matching import (
     Dim,
     become,
     constant,
+    inside,
+    label,
     new_constant,
     only_consumer,
     producer,
@@ -64,8 +66,8 @@ def _visit(graph: gs.Graph, norm: gs.Node) -> bool:
     gain, bias = gain * factor, bias * factor + shift
     inputs = [
         core.x,
-        new_constant(graph, f"{last.name}_gain", gain.astype(np.float32)),
-        new_constant(graph, f"{last.name}_bias", bias.astype(np.float32)),
+        new_constant(graph, inside(last, "gain"), gain.astype(np.float32)),
+        new_constant(graph, inside(last, "bias"), bias.astype(np.float32)),
     ]
     epsilon = norm.attrs.get("epsilon", 1e-5)
     become(graph, last, "GroupNormalization", inputs, num_groups=core.groups, epsilon=epsilon, stash_type=1)
@@ -75,16 +77,16 @@ def _visit(graph: gs.Graph, norm: gs.Node) -> bool:
 def _core(norm: gs.Node, split: gs.Node, join: gs.Node) -> _Core:
     x = split.inputs[0]
     shape, grouped = shape_of(x) or (), reshape_target(split)
-    require(len(shape) >= 2 and isinstance(shape[1], int), f"the number of channels of {x.name!r} is not known")
-    require(grouped is not None and len(grouped) == 3, f"{split.name} does not give [N, groups, -1]")
+    require(len(shape) >= 3 and isinstance(shape[1], int), f"the number of channels of {x.name!r} is not known")
+    require(grouped is not None and len(grouped) == 3, f"{label(split)} does not give [N, groups, -1]")
     batch, groups, _ = grouped or (None, None, None)
     channels = shape[1]
-    require(batch is not None and batch == shape[0], f"{split.name} does not keep axis 0")
+    require(batch is not None and batch == shape[0], f"{label(split)} does not keep axis 0")
     require(
         isinstance(groups, int) and isinstance(channels, int) and groups > 0 and channels % groups == 0,
-        f"{split.name} does not split the {channels} channels evenly",
+        f"{label(split)} does not split the {channels} channels evenly",
     )
-    require(_restores(join, x, grouped), f"{join.name} does not restore the shape of {x.name!r}")
+    require(_restores(join, x, grouped), f"{label(join)} does not restore the shape of {x.name!r}")
     gain, bias = constant(norm.inputs[1]), constant(norm.inputs[2])
     require(gain is not None and bias is not None, "its scale or bias is not constant")
     return _Core(

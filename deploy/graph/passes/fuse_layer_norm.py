@@ -23,7 +23,9 @@ from deploy.graph.matching import (
     Array,
     become,
     constant,
+    inside,
     is_close,
+    label,
     new_constant,
     only_consumer,
     producer,
@@ -61,8 +63,8 @@ def _visit(graph: gs.Graph, node: gs.Node) -> bool:
     last, gain, bias = _affine(graph, node, normalised)
     inputs = [
         core.x,
-        new_constant(graph, f"{last.name}_gain", np.ones(normalised, np.float32) if gain is None else gain),
-        new_constant(graph, f"{last.name}_bias", np.zeros(normalised, np.float32) if bias is None else bias),
+        new_constant(graph, inside(last, "gain"), np.ones(normalised, np.float32) if gain is None else gain),
+        new_constant(graph, inside(last, "bias"), np.zeros(normalised, np.float32) if bias is None else bias),
     ]
     become(graph, last, "LayerNormalization", inputs, axis=-len(normalised), epsilon=core.epsilon, stash_type=1)
     return True
@@ -130,7 +132,7 @@ def _normalised_shape(core: _Core) -> tuple[int, ...]:
 
 def _axes(mean: gs.Node, rank: int | None) -> tuple[int, ...]:
     axes = reduction_axes(mean)
-    require(bool(axes), f"the axes of {mean.name} are not constant")
+    require(bool(axes), f"the axes of {label(mean)} are not constant")
     require(rank is not None, "the rank of its input is unknown")
     return tuple(sorted(a if a < 0 else a - (rank or 0) for a in axes or ()))
 

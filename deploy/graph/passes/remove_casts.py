@@ -20,7 +20,18 @@ import onnx.helper
 import onnx_graphsurgeon as gs
 
 from deploy.graph.base import GraphPass, PassResult, parse_example
-from deploy.graph.matching import bypass, detach, dtype_of, is_op, is_output, producer, redirect, require, rewrite
+from deploy.graph.matching import (
+    bypass,
+    detach,
+    dtype_of,
+    is_op,
+    is_output,
+    label,
+    producer,
+    redirect,
+    require,
+    rewrite,
+)
 
 _Type = np.dtype[Any]
 
@@ -34,16 +45,15 @@ def _visit(graph: gs.Graph, cast: gs.Node) -> bool:
 
 
 def _merged_with_twin(graph: gs.Graph, cast: gs.Node) -> bool:
-    source = cast.inputs[0]
-    for other in source.outputs:
-        if other is cast:
-            return False
-        if is_op(other, "Cast") and dict(other.attrs) == dict(cast.attrs):
-            require(not is_output(graph, cast.outputs[0]), f"it equals {other.name} and makes a graph output")
-            redirect(cast.outputs[0], other.outputs[0])
-            detach(cast)
-            return True
-    return False
+    # By place in the graph: a tensor's list of consumers is in no order once nodes were rewired.
+    twins = (n for n in graph.nodes if is_op(n, "Cast") and n.inputs and n.inputs[0] is cast.inputs[0])
+    first = next(n for n in twins if dict(n.attrs) == dict(cast.attrs))
+    if first is cast:
+        return False
+    require(not is_output(graph, cast.outputs[0]), f"it equals {label(first)} and makes a graph output")
+    redirect(cast.outputs[0], first.outputs[0])
+    detach(cast)
+    return True
 
 
 def _shortened(graph: gs.Graph, cast: gs.Node) -> bool:

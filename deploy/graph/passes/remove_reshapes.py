@@ -20,7 +20,9 @@ from deploy.graph.base import GraphPass, PassResult, parse_example
 from deploy.graph.matching import (
     bypass,
     constant,
+    inside,
     is_output,
+    label,
     new_constant,
     producer,
     rank_of,
@@ -50,7 +52,7 @@ def _transpose(graph: gs.Graph, node: gs.Node) -> bool:
     if both == sorted(both):
         bypass(graph, node, first.inputs[0])
         return True
-    require(_is_private(graph, first), f"{first.name} is needed elsewhere, so joining the two saves nothing")
+    require(_is_private(graph, first), f"{label(first)} is needed elsewhere, so joining the two saves nothing")
     node.attrs["perm"] = both
     node.inputs = [first.inputs[0]]
     return True
@@ -71,12 +73,12 @@ def _reshape(graph: gs.Graph, node: gs.Node) -> bool:
     if first is None or not _is_private(graph, first):
         return False
     target = constant(node.inputs[1])
-    require(target is not None, f"it follows {first.name} and its target shape is not constant")
+    require(target is not None, f"it follows {label(first)} and its target shape is not constant")
     sizes = [int(d) for d in np.asarray(target)]
     if 0 in sizes:
         require(not node.attrs.get("allowzero", 0), "its target has an empty axis")
         sizes = _without_zeros(sizes, shape_of(source) or ())
-        node.inputs = [first.inputs[0], new_constant(graph, f"{node.name}_shape", np.array(sizes, dtype=np.int64))]
+        node.inputs = [first.inputs[0], new_constant(graph, inside(node, "shape"), np.array(sizes, dtype=np.int64))]
     else:
         node.inputs = [first.inputs[0], node.inputs[1]]
     return True
@@ -97,6 +99,7 @@ def _keeps_shape(node: gs.Node) -> bool:
 def _without_zeros(sizes: list[int], shape: tuple[object, ...]) -> list[int]:
     copied = [shape[axis] if size == 0 and axis < len(shape) else size for axis, size in enumerate(sizes)]
     known = [d for d in copied if isinstance(d, int)]
+    require(0 not in known, "its target has an empty axis")
     if len(known) == len(copied):
         return known
     require(

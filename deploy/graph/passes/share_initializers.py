@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable
 
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from deploy.graph.base import GraphPass, PassResult, parse_example
 from deploy.graph.matching import (
@@ -75,7 +76,9 @@ def _merge_expressions(graph: gs.Graph) -> int:
     for node in graph.nodes:
         if not _is_constant_expression(node):
             continue
-        key = (node.op, repr(sorted(node.attrs.items())), tuple(id(t) for t in node.inputs))
+        # Serialised: the text of a tensor attribute does not hold its values.
+        attributes = (a.SerializeToString(deterministic=True) for a in OnnxExporter.export_attributes(node.attrs))
+        key = (node.op, tuple(sorted(attributes)), tuple(id(t) for t in node.inputs))
         first = seen.setdefault(key, node)
         if first is not node and not any(is_output(graph, t) for t in node.outputs):
             for old, new in zip(node.outputs, first.outputs, strict=True):
