@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, helper
 
 from deploy.backends.base import Array, Feeds
 from deploy.errors import PrecisionError
@@ -35,7 +35,8 @@ def activation_ranges(model: Path, feeds: Feeds) -> dict[str, float]:
         feeds: Input name -> array; images on axis 0, in multiples of a fixed batch.
 
     Returns:
-        Tensor name -> largest value, graph inputs included; NaN where the network itself gives NaN.
+        Tensor name -> largest value, graph inputs included; NaN where the runtime's maximum is NaN. A single NaN may be
+        passed over by it: finding them all is the parity stage's business.
 
     Raises:
         PrecisionError: ONNX Runtime cannot run the model on these feeds.
@@ -47,18 +48,11 @@ def activation_ranges(model: Path, feeds: Feeds) -> dict[str, float]:
 def ranges_of(model: ModelProto, types: Mapping[str, int], feeds: Feeds) -> dict[str, float]:
     """Do the same for a model in memory whose tensor types are known."""
     probes, same = _probes(model, types)
-    found = dict.fromkeys(probes, 0.0)
-    if probes:
-        session = _session(_probed(model, probes))
-        for batch in _batches(model, feeds):
-            for name, value in zip(probes, map(float, _run(session, batch)), strict=True):
-                found[name] = value if math.isnan(value) else max(found[name], value)
+    found = _maxima(model, probes, feeds, masked=False)
     if odd := [name for name, value in found.items() if not math.isfinite(value)]:
-        found.update(_finite_ranges(model, odd, feeds))
+        found.update(_maxima(model, odd, feeds, masked=True))
     given = {i.name for i in model.graph.input}
-    found.update(
-        {name: _finite_max(array) for name, array in feeds.items() if name in given and array.dtype == np.float32}
-    )
+    found.update({n: _finite_max(array) for n, array in feeds.items() if n in given and array.dtype == np.float32})
     for name, origin in same.items():
         if origin in found:
             found[name] = found[origin]
@@ -77,37 +71,42 @@ def _probes(model: ModelProto, types: Mapping[str, int]) -> tuple[list[str], dic
     return probes, same
 
 
-def _probed(model: ModelProto, probes: list[str]) -> ModelProto:
+def _maxima(model: ModelProto, probes: list[str], feeds: Feeds, *, masked: bool) -> dict[str, float]:
+    """Run all batches and take the largest value of each probe; ``masked`` leaves infinite values out, at some cost."""
+    found = dict.fromkeys(probes, 0.0)
+    if not probes:
+        return found
+    session = _session(_probed(model, probes, masked=masked))
+    for batch in _batches(model, feeds):
+        for name, value in zip(probes, map(float, _run(session, batch)), strict=True):
+            found[name] = value if math.isnan(value) else max(found[name], value)
+    return found
+
+
+def _probed(model: ModelProto, probes: list[str], *, masked: bool) -> ModelProto:
     """Copy the model with the maximum of each probe as its only outputs."""
     copy = ModelProto()
     copy.CopyFrom(model)
-    del copy.graph.output[:]
-    copy.graph.node.extend(node for place, name in enumerate(probes) for node in _maximum(name, place))
-    for place in range(len(probes)):
-        copy.graph.output.append(helper.make_tensor_value_info(f"probe/{place}", FLOAT, []))
+    graph = copy.graph
+    del graph.output[:]
+    graph.initializer.append(helper.make_tensor("probe/zero", FLOAT, [], [0.0]))
+    for place, name in enumerate(probes):
+        graph.node.extend(_maximum(name, f"probe/{place}", masked=masked))
+        graph.output.append(helper.make_tensor_value_info(f"probe/{place}", FLOAT, []))
     return copy
 
 
-def _maximum(name: str, place: int) -> list[NodeProto]:
-    size = f"probe/abs/{place}"
+def _maximum(name: str, output: str, *, masked: bool) -> list[NodeProto]:
+    size, infinite, finite = (f"{output}/{part}" for part in ("size", "infinite", "finite"))
+    mask = [
+        helper.make_node("IsInf", [size], [infinite]),
+        helper.make_node("Where", [infinite, "probe/zero", size], [finite]),
+    ]
     return [
         helper.make_node("Abs", [name], [size]),
-        helper.make_node("ReduceMax", [size], [f"probe/{place}"], keepdims=0),
+        *(mask if masked else ()),
+        helper.make_node("ReduceMax", [finite if masked else size], [output], keepdims=0),
     ]
-
-
-def _finite_ranges(model: ModelProto, names: list[str], feeds: Feeds) -> dict[str, float]:
-    """Look at the few tensors that hold infinities or NaN one by one; only this copies activations out."""
-    found: dict[str, float] = {}
-    for name in names:
-        copy = ModelProto()
-        copy.CopyFrom(model)
-        del copy.graph.output[:]
-        copy.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-        session = _session(copy)
-        values = [_finite_max(_run(session, batch)[0]) for batch in _batches(model, feeds)]
-        found[name] = math.nan if any(math.isnan(v) for v in values) else max(values, default=0.0)
-    return found
 
 
 def _finite_max(values: Array) -> float:
@@ -139,6 +138,7 @@ def _session(model: ModelProto) -> object:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # one run: waiting threads only take time
     # Every value must be there to be measured; optimisation would cost more than it gives in one run.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
