@@ -69,7 +69,7 @@ def artifacts_of(run: RunRecord, before: Stage = Stage.REPORT) -> list[Artifact]
         (Stage.PRECISION, (run.precision,)),
         (Stage.ENGINE, run.engines),
     )
-    found = [r.artifact for stage, records in stages if stage.index < before.index for r in records if r is not None]
+    found = [r.artifact for stage, records in stages if stage.order < before.order for r in records if r is not None]
     return list({artifact.name: artifact for artifact in found}.values())
 
 
@@ -152,7 +152,9 @@ def read_manifest(folder: Path) -> RunRecord:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint="effdeploy export ... --out " + str(folder))
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}", hint="effdeploy export ... --out " + str(folder)
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -24,7 +24,6 @@ from deploy.report import render
 from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
 from deploy.summary import ratios_of
 
-
 LATENCY_COLUMNS = ("candidate", "batch", "threads", "p50", "p90", "p95", "p99", "CoV", "images/s", "faster than")
 
 
@@ -74,6 +73,7 @@ def bench_bundles(
         BenchmarkError: no engine of the bundles can run here.
     """
     found: list[BenchCandidate] = []
+    recipes: list[Recipe] = []
     with contextlib.ExitStack() as stack, console.step("latency") as step:
         for index, bundle in enumerate(bundles):
             run = read_manifest(bundle)
@@ -88,8 +88,8 @@ def bench_bundles(
             feeds = sample_feeds(parity_inputs(find_system(recipe.system), recipe), recipe.batch.opt)
             opened, _ = stack.enter_context(bench_candidates(recipe, bundle, run.engines, feeds, loaded))
             found += [_renamed(candidate, bundle, len(bundles)) for candidate in opened]
-            first = recipe if index == 0 else first
-        record = measure(found, bench_options(first))
+            recipes.append(recipe)
+        record = measure(found, bench_options(recipes[0]))
         step.note(record.method)
     console.table("latency", LATENCY_COLUMNS, _latency_rows(record))
     for warning in record.warnings:
@@ -98,7 +98,7 @@ def bench_bundles(
     return record
 
 
-def report_bundles(bundles: Sequence[Path], out: Path | None) -> list[Path]:
+def report_bundles(bundles: Sequence[Path], out: Path | None) -> tuple[Path, ...]:
     """Render reports from manifests alone: into the bundle, or a comparison of several into ``out`` (default ``.``)."""
     runs = [read_manifest(bundle) for bundle in bundles]
     return render(runs, out or (bundles[0] if len(bundles) == 1 else Path()))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import torch
 from torch import nn
@@ -75,7 +76,8 @@ def parity_candidates(
     """List what is compared with PyTorch, in the order of the road.
 
     ONNX stages run on ONNX Runtime's CPU provider whatever the target is. A typed stage that no engine here runs is
-    compared twice: as ONNX Runtime runs it, which computes FP16 in FP32 between casts, and with every FP16 tensor rounded.
+    compared twice: as ONNX Runtime runs it, which computes FP16 in FP32 between casts, and with every FP16
+    tensor rounded.
 
     Args:
         loaded: The reference and its deploy form.
@@ -100,7 +102,11 @@ def parity_candidates(
     for engine in engines:
         if engine.runnable:
             found.append(
-                Candidate(stage=engine_name(engine, engines), precision=recipe.precision, open=_engine(engine, folder, options))
+                Candidate(
+                    stage=engine_name(engine, engines),
+                    precision=recipe.precision,
+                    open=_engine(engine, folder, options),
+                )
             )
     return found
 
@@ -142,7 +148,7 @@ def bench_candidates(
             for engine, (runner, seconds, memory) in zip(usable, runners, strict=True)
         ]
         for name in recipe.bench.baselines if loaded else ():
-            runner, seconds, memory = _timed(stack, partial(BASELINES[name], loaded, options, feeds))
+            runner, seconds, memory = _timed(stack, partial(BASELINES[name], cast(Loaded, loaded), options, feeds))
             found.append(bench_candidate(name, runner, feeds, options, seconds, memory, note=_NOTES[name]))
         profile = getattr(runners[0][0], "profile", None)
         yield found, profile(feeds) if profile else {}
@@ -187,7 +193,7 @@ def _eager(loaded: Loaded, options: BuildOptions, feeds: Feeds) -> Runner:
 
 
 def _compiled(loaded: Loaded, options: BuildOptions, feeds: Feeds) -> Runner:
-    runner = TorchRunner(torch.compile(loaded.reference), loaded.system.outputs)
+    runner = TorchRunner(cast(nn.Module, torch.compile(loaded.reference)), loaded.system.outputs)
     try:
         runner.infer(feeds)  # compiles
     except Exception as error:  # torch.compile raises what its code generator and the C++ compiler raise

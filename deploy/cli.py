@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,12 +27,12 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout; text for people on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Verdict and problems only.")]
-Log = Annotated[Optional[Path], typer.Option("--log", help="Append what the libraries say to this file.")]
+Log = Annotated[Path | None, typer.Option("--log", help="Append what the libraries say to this file.")]
 Bundles = Annotated[list[Path], typer.Argument(help="Bundle folders, e.g. engines/riformer-s12-224-fp16-onnxruntime.")]
-Images = Annotated[Optional[Path], typer.Option(help="Folder of real photos, added to the deterministic inputs.")]
-Baselines = Annotated[Optional[str], typer.Option("--baseline", help="Any of eager,compile,naive.")]
-Seconds = Annotated[Optional[float], typer.Option(help="Measure at least this long per candidate.")]
-Threads = Annotated[Optional[int], typer.Option(help="CPU threads of every candidate while measuring.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of real photos, added to the deterministic inputs.")]
+Baselines = Annotated[str | None, typer.Option("--baseline", help="Any of eager,compile,naive.")]
+Seconds = Annotated[float | None, typer.Option(help="Measure at least this long per candidate.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of every candidate while measuring.")]
 
 
 @contextlib.contextmanager
@@ -63,25 +63,27 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 @app.command()
 def export(
     system: Annotated[str, typer.Argument(help="A system (see `effdeploy list`) or a recipe file (*.yaml).")],
-    variant: Annotated[Optional[str], typer.Option(help="Which size of it, e.g. s12.")] = None,
-    weights: Annotated[Optional[str], typer.Option(help="A checkpoint file, random, or random:SEED.")] = None,
-    size: Annotated[Optional[str], typer.Option(help="224 or HEIGHTxWIDTH.")] = None,
-    batch: Annotated[Optional[str], typer.Option(help="4, or min:opt:max such as 1:8:32.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Which size of it, e.g. s12.")] = None,
+    weights: Annotated[str | None, typer.Option(help="A checkpoint file, random, or random:SEED.")] = None,
+    size: Annotated[str | None, typer.Option(help="224 or HEIGHTxWIDTH.")] = None,
+    batch: Annotated[str | None, typer.Option(help="4, or min:opt:max such as 1:8:32.")] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Compute in float32 (default).")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Write FP16 into the graph.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Write BF16 into the graph.")] = False,
-    backend: Annotated[Optional[str], typer.Option(help="onnxruntime, tensorrt_rtx or tensorrt.")] = None,
-    target: Annotated[Optional[str], typer.Option(help="Lower the graph for onnxruntime or tensorrt.")] = None,
-    sm: Annotated[Optional[str], typer.Option(help="Ahead-of-time targets, e.g. 80,89,120.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Bundle folder; default engines/<name>.")] = None,
+    backend: Annotated[str | None, typer.Option(help="onnxruntime, tensorrt_rtx or tensorrt.")] = None,
+    target: Annotated[str | None, typer.Option(help="Lower the graph for onnxruntime or tensorrt.")] = None,
+    sm: Annotated[str | None, typer.Option(help="Ahead-of-time targets, e.g. 80,89,120.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Bundle folder; default engines/<name>.")] = None,
     images: Images = None,
     baseline: Baselines = None,
     seconds: Seconds = None,
     threads: Threads = None,
-    assignments: Annotated[Optional[list[str]], typer.Option("--set", help="Any recipe key: --set bench.rounds=50.")] = None,
-    until: Annotated[Optional[str], typer.Option(help="Stop after this stage.")] = None,
-    start: Annotated[Optional[str], typer.Option("--from", help="Take earlier stages from the bundle.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Any recipe key: --set bench.rounds=50.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Take earlier stages from the bundle.")] = None,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Compare outputs around every pass.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -110,7 +112,7 @@ def export(
         }
         recipe = resolve_recipe(system, options, assignments or [])
         first, last = stages_between(start, until)
-        console.steps = last.index - first.index + 1 + (first.index > 0)
+        console.steps = last.order - first.order + 1 + (first.order > 0)
         run(recipe, out or Path("engines") / default_name(recipe), until=last, start=first, console=console)
 
 
@@ -127,7 +129,7 @@ def list_systems(as_json: Json = False, quiet: Quiet = False) -> None:
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    weights: Annotated[Optional[Path], typer.Option(help="The checkpoint, when the bundle was made from a file.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The checkpoint, when the bundle was made from a file.")] = None,
     images: Images = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -144,7 +146,7 @@ def verify(
 def bench(
     bundles: Bundles,
     baseline: Baselines = None,
-    weights: Annotated[Optional[Path], typer.Option(help="The checkpoint that the baselines need.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The checkpoint that the baselines need.")] = None,
     seconds: Seconds = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -162,7 +164,7 @@ def bench(
 @app.command()
 def report(
     bundles: Bundles,
-    out: Annotated[Optional[Path], typer.Option(help="Folder to write to; default: the bundle, or . for several.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: the bundle, or . for several.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deploy import __version__
-from deploy.artifacts import artifacts_of, environment, open_artifact, publish, read_manifest, run_folder, storage_errors, write_manifest
+from deploy.artifacts import (
+    artifacts_of,
+    environment,
+    open_artifact,
+    publish,
+    read_manifest,
+    run_folder,
+    storage_errors,
+    write_manifest,
+)
 from deploy.backends import load_backend
 from deploy.backends.base import Backend, Feeds
 from deploy.bench import measure
@@ -84,7 +93,7 @@ def run(
     """
     begin = time.perf_counter()
     with run_folder(out) as folder:
-        road = _Road(recipe=recipe, folder=folder, until=until, start=start, console=console or Console(Mode.QUIET))
+        road = _Road(recipe=recipe, folder=folder, until=until, start=start, console=console or Console(Mode.SILENT))
         road.continue_from(out)
         loaded = road.load()
         traced = road.step(Stage.TRACE, lambda: road.trace(loaded), lambda old: old.trace)
@@ -96,8 +105,8 @@ def run(
         ok, verdict = _verdict(parity, until)
         record = RunRecord(
             schema_version=SCHEMA_VERSION, effdeploy=__version__, name=out.name, created=_now(), until=until, ok=ok,
-            verdict=verdict, recipe=recipe.to_data(), environment=environment(), model=road.described(loaded), trace=traced,
-            passes=patched, precision=typed, engines=engines, parity=parity, bench=latency,
+            verdict=verdict, recipe=recipe.to_data(), environment=environment(), model=road.described(loaded),
+            trace=traced, passes=patched, precision=typed, engines=engines, parity=parity, bench=latency,
             stage_seconds={**road.seconds, "total": time.perf_counter() - begin},
         )  # fmt: skip
         return road.finish(record, out)
@@ -124,12 +133,12 @@ class _Road:
         self.system = find_system(self.recipe.system)
         self.backend = load_backend(self.recipe.engine.backend)
         self.target = self.recipe.target or self.backend.target
-        if self.until.index >= Stage.ENGINE.index and (reason := self.backend.available()):
+        if self.until.order >= Stage.ENGINE.order and (reason := self.backend.available()):
             raise BackendUnavailableError(f"backend {self.backend.name}: {reason}", hint="or --backend onnxruntime")
 
     def continue_from(self, bundle: Path) -> None:
         """Link the files of the stages that are not run again, after checking that they are what they were."""
-        if self.start.index <= Stage.TRACE.index:
+        if self.start.order <= Stage.TRACE.order:
             return
         self.old = read_manifest(bundle)
         _check_reusable(self.old, self.recipe, self.start)
@@ -140,9 +149,9 @@ class _Road:
 
     def step(self, stage: Stage, make: Callable[[], T], reuse: Callable[[RunRecord], T | None]) -> T | None:
         """Run a stage, take it from the earlier bundle, or leave it out."""
-        if stage.index > self.until.index:
+        if stage.order > self.until.order:
             return None
-        if self.old is not None and stage.index < self.start.index:
+        if self.old is not None and stage.order < self.start.order:
             if (record := reuse(self.old)) is None:
                 raise BundleError(f"the earlier bundle has no stage {stage.value}", hint=f"--from {stage.value}")
             self.note_artifact(stage, record)
@@ -169,7 +178,7 @@ class _Road:
             shown.note(loaded.record.weights.statement)
         if self.old and self.old.model.weights != loaded.record.weights:
             raise RecipeError(
-                f"--from {self.start.value}: the bundle was made with other weights ({self.old.model.weights.statement})",
+                f"--from {self.start.value}: the bundle has other weights ({self.old.model.weights.statement})",
                 hint="export from the start",
             )
         self.seconds[Stage.MODEL.value] = time.perf_counter() - begin
@@ -215,9 +224,9 @@ class _Road:
 
     def described(self, loaded: Loaded) -> ModelRecord:
         """Add the drift of the deploy form to the model's record, where parity was asked for."""
-        if self.until.index < Stage.PARITY.index:
+        if self.until.order < Stage.PARITY.order:
             return loaded.record
-        if self.old and self.start.index > Stage.PARITY.index:
+        if self.old and self.start.order > Stage.PARITY.order:
             return dataclasses.replace(loaded.record, drift=self.old.model.drift)
         return dataclasses.replace(loaded.record, drift=measure_drift(loaded))
 
@@ -280,7 +289,7 @@ def _check_reusable(old: RunRecord, recipe: Recipe, start: Stage) -> None:
     changed = [
         f"{key} (needs --from {stage.value})"
         for stage, keys in CONSUMES.items()
-        if stage.index < start.index
+        if stage.order < start.order
         for key in keys
         if old.recipe.get(key) != new[key]
     ]

@@ -24,10 +24,7 @@ Keys = tuple[str, ...]
 
 def _parse_size(value: Any) -> tuple[int, int]:
     """Read 224, "224", "384x512" (height x width) or [384, 512]."""
-    if isinstance(value, (list, tuple)):
-        parts = [str(v) for v in value]
-    else:
-        parts = str(value).lower().split("x")
+    parts = [str(v) for v in value] if isinstance(value, (list, tuple)) else str(value).lower().split("x")
     if len(parts) not in (1, 2) or not all(re.fullmatch(r"[1-9][0-9]{0,4}", p) for p in parts):
         raise ValueError(f"got {value!r}, expected a side such as 224 or HEIGHTxWIDTH such as 384x512")
     return int(parts[0]), int(parts[-1])
@@ -173,6 +170,25 @@ class Layer:
     variants: Mapping[str, Layer] = field(default_factory=dict)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: in 1.1 an unquoted ``1:8:32`` is the number 4112, ``1e-4`` a text and ``no`` a boolean."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - declared so by its base class
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
 def configs_folder() -> Path:
     """Return the folder of the shipped recipes: inside the wheel, or beside the package in a checkout."""
     inside = Path(__file__).parent / "export_configs"
@@ -187,8 +203,8 @@ def read_yaml(path: Path) -> Layer:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}", hint="effdeploy list shows the shipped recipes") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -252,7 +268,7 @@ def layer_of_assignments(assignments: Iterable[str]) -> Layer:
         if not equals or not all(keys):
             raise RecipeError(f"--set {assignment}: expected KEY=VALUE", hint="--set bench.threads=4")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {assignment}: the value is not valid YAML", hint="quote it") from error
         _assign(data, keys, value, assignment)
@@ -371,7 +387,10 @@ def json_schema() -> str:
     schema["$defs"] = {**schema.get("$defs", {}), "Variant": definition}
     schema["properties"] = {
         **properties,
-        "variants": {"type": "object", "additionalProperties": {"anyOf": [{"$ref": "#/$defs/Variant"}, {"type": "null"}]}},
+        "variants": {
+            "type": "object",
+            "additionalProperties": {"anyOf": [{"$ref": "#/$defs/Variant"}, {"type": "null"}]},
+        },
     }
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"
 

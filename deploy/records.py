@@ -43,7 +43,7 @@ class Stage(str, enum.Enum):
     REPORT = "report"
 
     @property
-    def index(self) -> int:
+    def order(self) -> int:
         """Position on the road, from 0."""
         return list(Stage).index(self)
 
@@ -270,7 +270,7 @@ class EngineRecord:
 
 @record
 class Tolerance:
-    """Parity limits of one precision; ``None`` means not judged. Relative values are to the reference's largest output."""
+    """Parity limits of one precision; ``None``: not judged. Relative values are to the reference's largest output."""
 
     max_relative: float | None = None  # max |a - b| / max |reference|
     cosine: float | None = None  # at least
@@ -336,7 +336,7 @@ class Latency:
 
 @record
 class Ratio:
-    """Interleaved comparison: how many times faster ``name`` is than ``baseline`` (per-round ratios: median, p10, p90)."""
+    """Interleaved comparison: how many times faster ``name`` is than ``baseline``, from the ratios of the rounds."""
 
     name: str
     baseline: str

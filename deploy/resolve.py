@@ -38,9 +38,7 @@ def resolve_recipe(
     variant = str(next(layer.data["variant"] for layer in reversed(layers) if "variant" in layer.data))
     for name in (variant, *(name for layer in layers for name in layer.variants)):
         if name not in system.variants:
-            raise UnknownNameError(
-                f"{system.name} has no variant {name!r}", hint=did_you_mean(name, system.variants)
-            )
+            raise UnknownNameError(f"{system.name} has no variant {name!r}", hint=did_you_mean(name, system.variants))
     return resolve(layers)
 
 
@@ -56,7 +54,7 @@ def stages_between(first: str | None, last: str | None) -> tuple[Stage, Stage]:
         if name is not None and name not in names:
             raise UnknownNameError(f"{flag}: no stage {name!r}", hint=did_you_mean(name, names))
     start, until = Stage(first or Stage.MODEL), Stage(last or Stage.REPORT)
-    if until.index < start.index:
+    if until.order < start.order:
         raise RecipeError(f"--from {start.value} comes after --until {until.value}", hint="swap them")
     return start, until
 
@@ -98,7 +96,12 @@ def parity_inputs(system: System, recipe: Recipe) -> InputPack:
     """Make the deterministic pack, and add the recipe's photos."""
     photos = find_images(recipe.parity.images, recipe.parity.max_images) if recipe.parity.images else ()
     return pack(
-        system.inputs, recipe.size, recipe.preprocess.record(), batch=recipe.batch, seed=recipe.parity.seed, photos=photos
+        system.inputs,
+        recipe.size,
+        recipe.preprocess.record(),
+        batch=recipe.batch,
+        seed=recipe.parity.seed,
+        photos=photos,
     )
 
 

@@ -1,9 +1,9 @@
 """PyTorch to ONNX: the only file that knows both.
 
 The exporter is helped and then distrusted. It is helped by capturing the program ourselves, so that its silent retries
-with other strategies never run; and what it writes is held against what was asked: opset, every dimension, dynamic axes,
-other batch sizes run. Nodes and tensors are renamed after the module that made them (``stages.2.blocks.5.mlp.fc1/Conv``),
-and the exporter's metadata, which holds paths of the machine, is dropped.
+with other strategies never run; and what it writes is held against what was asked: opset, every dimension, dynamic
+axes, other batch sizes run. Nodes and tensors are renamed after the module that made them
+(``stages.2.blocks.5.mlp.fc1/Conv``), and the exporter's metadata, which holds paths of the machine, is dropped.
 """
 
 from __future__ import annotations
@@ -257,12 +257,18 @@ def _check_interface(model: ModelProto, request: TraceRequest) -> list[str]:
     axis: int | str = "batch" if request.batch.dynamic else request.batch.opt
     got_inputs, got_outputs = _specs(model.graph.input), _specs(model.graph.output)
     for spec, got in zip(request.inputs, got_inputs, strict=True):
-        want = TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(axis if d == "batch" else d for d in spec.shape))
+        want = TensorSpec(
+            name=spec.name, dtype=spec.dtype, shape=tuple(axis if d == "batch" else d for d in spec.shape)
+        )
         if got != want:
-            raise TraceError(f"input {spec.name}: exported {got.dtype}{list(got.shape)}, asked {list(want.shape)}", hint=_FROZEN)
+            raise TraceError(
+                f"input {spec.name}: exported {got.dtype}{list(got.shape)}, asked {list(want.shape)}", hint=_FROZEN
+            )
     for name, got in zip(request.outputs, got_outputs, strict=True):
         if got.name != name or got.shape[0] != axis or any(isinstance(d, str) for d in got.shape[1:]):
-            raise TraceError(f"output {name}: exported {got.name} {list(got.shape)}, asked batch axis {axis}", hint=_FROZEN)
+            raise TraceError(
+                f"output {name}: exported {got.name} {list(got.shape)}, asked batch axis {axis}", hint=_FROZEN
+            )
     return [
         f"opset {request.opset} as asked",
         "names, types and every dimension of " + ", ".join(s.name for s in (*got_inputs, *got_outputs)) + " as asked",

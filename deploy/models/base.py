@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,15 +291,11 @@ def empty_state(system: System, options: Options, size: Size, layout: str) -> di
 
 def _fitting_variant(system: System, recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> str:
     """Name another variant that the checkpoint would fit, for the error's hint; empty when there is none."""
+    checkpoint = Checkpoint(tensors=dict(tensors), sha256="", wrapping="")
     for name, variant in system.variants.items():
-        options = {**variant.options, "classes": recipe.classes}
+        template = partial(empty_state, system, {**variant.options, "classes": recipe.classes}, recipe.size)
         try:
-            fit_checkpoint(
-                Checkpoint(tensors=dict(tensors), sha256="", wrapping=""),
-                system.weight_maps,
-                lambda layout, o=options: empty_state(system, o, recipe.size, layout),
-                lambda: "",
-            )
+            fit_checkpoint(checkpoint, system.weight_maps, template, str)
         except CheckpointError:
             continue
         return name

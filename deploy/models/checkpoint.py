@@ -88,7 +88,9 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be read as safetensors: {error}", hint="download it again") from error
+        raise CheckpointError(
+            f"{path.name} cannot be read as safetensors: {error}", hint="download it again"
+        ) from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -104,7 +106,7 @@ def _read_pickle(path: Path) -> Any:
             raise _unreadable(path, error) from error
         raise UnsafeCheckpointError(
             f"{path.name} holds more than tensors; loading it would run code from the file: {_first_line(error)}",
-            hint="if you trust its author, convert it once: python -c \"import torch, safetensors.torch as s; "
+            hint='if you trust its author, convert it once: python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{path.name}', weights_only=False)['state_dict'], '{path.stem}.safetensors')\"",
         ) from error
     except Exception as error:  # torch.load raises a dozen types for broken files, depending on where they break
@@ -190,9 +192,7 @@ def fit_checkpoint(
     raise CheckpointError(f"the checkpoint does not fit; nearest layout {nearest!r}:\n{listing}", hint=hint)
 
 
-def _apply(
-    weight_map: WeightMap, tensors: State, expected: Mapping[str, torch.Tensor]
-) -> tuple[State, list[str]]:
+def _apply(weight_map: WeightMap, tensors: State, expected: Mapping[str, torch.Tensor]) -> tuple[State, list[str]]:
     state: State = {}
     origin: dict[str, str] = {}
     misfits = []
@@ -204,18 +204,19 @@ def _apply(
     unexpected = [k for k in state if k not in expected]
     for name in expected:
         if name not in state:
-            misfits.append(f"missing: {name}{_nearest(name, [origin[k] for k in unexpected])}")
+            misfits.append(f"missing: {name}{_nearest(name, {k: origin[k] for k in unexpected})}")
         elif state[name].shape != expected[name].shape:
             got, want = tuple(state[name].shape), tuple(expected[name].shape)
             misfits.append(f"shape: {origin[name]} is {got}, {name} needs {want}")
-    free = [name for name in expected if name not in state]
+    free = {name: name for name in expected if name not in state}
     misfits.extend(f"unexpected: {origin[k]}{_nearest(k, free)}" for k in unexpected)
     return state, misfits
 
 
-def _nearest(name: str, candidates: list[str]) -> str:
-    near = difflib.get_close_matches(name, candidates[:200], n=1, cutoff=0.6)
-    return f" (nearest: {near[0]})" if near else ""
+def _nearest(name: str, candidates: Mapping[str, str]) -> str:
+    """Find the model key most like ``name`` and return how the file calls it."""
+    near = difflib.get_close_matches(name, list(candidates)[:200], n=1, cutoff=0.6)
+    return f" (nearest: {candidates[near[0]]})" if near else ""
 
 
 def _listed(names: list[str]) -> str:

@@ -14,19 +14,21 @@ Everything between two non-linearities folds, in the dtype of the model, exactly
 * norm2's gain scales fc1's input columns, its shift goes into fc1's bias: what is left standardises and has no weights.
 * the layer scale s2 scales fc2's output rows and its bias.
 
-What is hard to export: the norm is a GroupNorm with ONE group (statistics over C, H and W of an image), and ONNX Runtime
-and TensorRT want opposite forms of it (``FORMS``).
+What is hard to export: the norm is a GroupNorm with ONE group (statistics over C, H and W of an image), and ONNX
+Runtime and TensorRT want opposite forms of it (``NORMS``).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from deploy.models.base import Form, System, Variant
 from deploy.models.checkpoint import WeightMap
@@ -43,6 +45,7 @@ class Affine(nn.Module):
         self.affine = nn.Conv2d(dim, dim, kernel_size=1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix."""
         return self.affine(x) - x
 
 
@@ -56,6 +59,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Expand, activate, project."""
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -83,10 +87,11 @@ class Block(nn.Module):
         """Return gain and shift [C] of norm and mixer together, after standardisation."""
         if self.layout != "training":
             return self.norm_reparam.weight, self.norm_reparam.bias
-        scale = self.token_mixer.affine.weight.flatten() - 1
-        return self.norm1.weight * scale, self.norm1.bias * scale + self.token_mixer.affine.bias
+        scale, shift = self.token_mixer.affine.weight.flatten() - 1, _bias(self.token_mixer.affine)
+        return self.norm1.weight * scale, self.norm1.bias * scale + shift
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the block."""
         x = x + self.layer_scale_1[:, None, None] * self.mix(x)
         return x + self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x))
 
@@ -99,6 +104,7 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks in turn."""
         for block in self.blocks:
             x = block(x)
         return x
@@ -115,7 +121,7 @@ class RIFormer(nn.Module):
             for depth, width in zip(depths, widths, strict=True)
         )
         self.downsamples = nn.ModuleList(
-            nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(a, b, kernel_size=3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
         )
         self.norm = nn.GroupNorm(1, widths[-1], eps=EPS)
         self.head = nn.Linear(widths[-1], classes)
@@ -128,23 +134,62 @@ class RIFormer(nn.Module):
         return x
 
     def forward(self, images: Tensor) -> Tensor:
+        """Classify."""
         return self.head(self.norm(self.features(images)).mean((2, 3)))
+
+
+class FlatNorm(nn.Module):
+    """GroupNorm with one group as InstanceNormalization of a flat map, and its affine part as a BatchNormalization.
+
+    ONNX Runtime runs the two ops in one pass each, where it expands GroupNormalization into ten nodes. The shapes are
+    constants even with a dynamic batch, so no Shape op appears in the graph.
+    """
+
+    def __init__(self, gain: Tensor | None = None, shift: Tensor | None = None) -> None:
+        super().__init__()
+        self.affine = gain is not None and shift is not None
+        if gain is not None and shift is not None:
+            self.weight, self.bias = _frozen(gain), _frozen(shift)
+            self.zeros, self.ones = nn.Buffer(torch.zeros_like(gain)), nn.Buffer(torch.ones_like(gain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [N,C,H,W]."""
+        channels, height, width = x.shape[1:]
+        flat = functional.instance_norm(x.reshape(-1, 1, channels * height * width), eps=EPS)
+        x = flat.reshape(-1, channels, height, width)
+        if not self.affine:
+            return x
+        return functional.batch_norm(x, self.zeros, self.ones, self.weight, self.bias, eps=0.0)
+
+
+class FusedNorm(nn.Module):
+    """GroupNorm with one group as the one op that TensorRT has a kernel for."""
+
+    def __init__(self, gain: Tensor | None = None, shift: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = None if gain is None else _frozen(gain)
+        self.bias = None if shift is None else _frozen(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [N,C,H,W]."""
+        return functional.group_norm(x, 1, self.weight, self.bias, EPS)
+
+
+NORMS = {Target.ONNXRUNTIME: FlatNorm, Target.TENSORRT: FusedNorm}
 
 
 class DeployBlock(nn.Module):
     """The block with everything linear folded."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, target: Target) -> None:
         super().__init__()
-        dim = block.norm2.num_channels
         gain, shift = block.mixer_affine()
-        self.norm = nn.GroupNorm(1, dim, eps=EPS)
-        self.norm.weight = _frozen(block.layer_scale_1 * gain)
-        self.norm.bias = _frozen(block.layer_scale_1 * shift)
-        self.standardise = nn.GroupNorm(1, dim, eps=EPS, affine=False)
+        self.norm = NORMS[target](block.layer_scale_1 * gain, block.layer_scale_1 * shift)
+        self.standardise = NORMS[target]()
         self.mlp = _folded_mlp(block)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Run the block."""
         x = x + self.norm(x)
         return x + self.mlp(self.standardise(x))
 
@@ -152,22 +197,33 @@ class DeployBlock(nn.Module):
 class DeployRIFormer(nn.Module):
     """The classifier that is exported: the same function, [N,3,H,W] to [N,classes]."""
 
-    def __init__(self, model: RIFormer) -> None:
+    def __init__(self, model: RIFormer, target: Target) -> None:
         super().__init__()
+        stages = cast(list[Stage], list(model.stages))
         self.stem = copy.deepcopy(model.stem)
-        self.stages = nn.ModuleList(Stage([DeployBlock(b) for b in stage.blocks]) for stage in model.stages)
+        self.stages = nn.ModuleList(_deploy_stage(stage, target) for stage in stages)
         self.downsamples = copy.deepcopy(model.downsamples)
-        self.standardise = nn.GroupNorm(1, model.norm.num_channels, eps=EPS, affine=False)
+        self.standardise = NORMS[target]()
         self.head = nn.Linear(model.head.in_features, model.head.out_features)
         # The mean over positions commutes with the norm's per-channel gain and shift.
         self.head.weight = _frozen(model.head.weight * model.norm.weight)
         self.head.bias = _frozen(model.head.bias + model.head.weight @ model.norm.bias)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Classify."""
         x = self.stages[0](self.stem(images))
         for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
             x = stage(downsample(x))
         return self.head(self.standardise(x).mean((2, 3)))
+
+
+def _deploy_stage(stage: Stage, target: Target) -> Stage:
+    return Stage([DeployBlock(cast(Block, block), target) for block in stage.blocks])
+
+
+def _bias(convolution: nn.Conv2d) -> Tensor:
+    """Return the bias of a convolution that has one."""
+    return cast(Tensor, convolution.bias)
 
 
 def _frozen(value: Tensor) -> nn.Parameter:
@@ -179,9 +235,9 @@ def _folded_mlp(block: Block) -> Mlp:
     fc1, fc2 = block.mlp.fc1, block.mlp.fc2
     mlp = Mlp(fc1.in_channels, fc1.out_channels)
     mlp.fc1.weight = _frozen(fc1.weight * block.norm2.weight[:, None, None])
-    mlp.fc1.bias = _frozen(fc1.bias + fc1.weight.flatten(1) @ block.norm2.bias)
+    mlp.fc1.bias = _frozen(_bias(fc1) + fc1.weight.flatten(1) @ block.norm2.bias)
     mlp.fc2.weight = _frozen(fc2.weight * block.layer_scale_2[:, None, None, None])
-    mlp.fc2.bias = _frozen(fc2.bias * block.layer_scale_2)
+    mlp.fc2.bias = _frozen(_bias(fc2) * block.layer_scale_2)
     return mlp
 
 
@@ -193,7 +249,7 @@ def build(options: Mapping[str, Any], size: tuple[int, int], layout: str) -> nn.
 def to_deploy(model: nn.Module, target: Target) -> nn.Module:
     """Return the folded copy for a target, in the dtype of ``model``; ``model`` stays untouched."""
     with torch.no_grad():
-        return DeployRIFormer(model)
+        return DeployRIFormer(cast(RIFormer, model), target)
 
 
 _STAGE = re.compile(r"^network\.(\d+)\.(\d+\..+)$")
@@ -238,8 +294,16 @@ SYSTEM = System(
     ),
     to_deploy=to_deploy,
     forms={
-        Target.ONNXRUNTIME: Form(name="folded", reason="tbd"),
-        Target.TENSORRT: Form(name="folded", reason="tbd"),
+        Target.ONNXRUNTIME: Form(
+            name="folded, norm as InstanceNormalization + BatchNormalization",
+            reason="one pass each on the CPU, where GroupNormalization is expanded into ten nodes "
+            "(benchmarks/riformer.py)",
+        ),
+        Target.TENSORRT: Form(
+            name="folded, norm as GroupNormalization",
+            reason="one kernel each: 93 kernels in an FP16 build for SM89, the InstanceNormalization form takes 143 "
+            "(benchmarks/riformer.py)",
+        ),
     },
     recipe={"system": "riformer", "variant": "s12", "size": 224},
     stride=32,

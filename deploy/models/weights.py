@@ -1,7 +1,7 @@
 """Deterministic random weights that keep a deep network alive, for runs without a checkpoint.
 
-A freshly initialised network is useless for parity: with layer scales of 1e-5 every block is nearly the identity, and an
-export that lost a whole branch would pass. Here every branch matters and activations stay of order one.
+A freshly initialised network is useless for parity: with layer scales of 1e-5 every block is nearly the identity, and
+an export that lost a whole branch would pass. Here every branch matters and activations stay of order one.
 """
 
 from __future__ import annotations
