@@ -1,0 +1,79 @@
+"""What the benchmarks share: opening graphs at one thread count, interleaved timing, results with their environment."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from deploy.artifacts import environment
+from deploy.backends.base import BuildOptions, Runner
+from deploy.backends.onnxruntime import open_model
+from deploy.bench import BenchCandidate, BenchOptions, measure
+from deploy.graph.pipeline import PIPELINE, run_passes
+from deploy.models.base import Arrays
+from deploy.records import Batch, BenchRecord, Target, TensorSpec, to_json
+from deploy.trace import TraceRequest, bare_export, choose_opset, onnx_from_torch
+
+RESULTS = Path(__file__).parent / "results"
+THREADS = 1
+
+
+def on_the_road(
+    module: nn.Module, spec: TensorSpec, batch: int, target: Target, folder: Path, without: tuple[str, ...] = ()
+) -> Path:
+    """Trace a module as ``effdeploy export`` does and run the target's passes, but for those named ``without``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    request = TraceRequest(
+        inputs=(spec,), outputs=("logits",), batch=Batch.parse(batch), opset=choose_opset(None, target, False)
+    )
+    traced = onnx_from_torch(module, request, folder)
+    steps = tuple(step for step in PIPELINE[target] if step.pass_.name not in without)
+    return folder / run_passes(folder / traced.artifact.name, target, folder, steps=steps).artifact.name
+
+
+def bare(module: nn.Module, images: np.ndarray, folder: Path) -> Path:
+    """Export with ``torch.onnx.export`` and its defaults."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return bare_export(module, (torch.from_numpy(images),), folder / "bare.onnx", ("images",))
+
+
+@contextlib.contextmanager
+def opened(graphs: Mapping[str, Path], images: np.ndarray) -> Iterator[list[BenchCandidate]]:
+    """Open graphs on ONNX Runtime's CPU provider for timing on fixed images."""
+    options = BuildOptions(threads=THREADS, device="cpu")
+    with contextlib.ExitStack() as stack:
+        runners = {name: stack.enter_context(open_model(path, options)) for name, path in graphs.items()}
+        yield [_candidate(name, runner, {"images": images}) for name, runner in runners.items()]
+
+
+def _candidate(name: str, runner: Runner, feeds: Arrays) -> BenchCandidate:
+    call: Callable[[], object] = lambda: runner.infer(feeds)  # noqa: E731
+    return BenchCandidate(name=name, call=call, batch=len(feeds["images"]), threads=THREADS, device="cpu")
+
+
+def race(graphs: Mapping[str, Path], images: np.ndarray, rounds: int) -> BenchRecord:
+    """Time graphs against each other; the first is compared with every other."""
+    with opened(graphs, images) as candidates:
+        return measure(candidates, BenchOptions(min_rounds=rounds, min_seconds=1.0, max_seconds=600, slice_seconds=0.1))
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Return the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=40, help="interleaved rounds")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results")
+    return parser
+
+
+def write_results(name: str, data: Mapping[str, object]) -> None:
+    """Write a result with the environment that it was measured in."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps({"environment": to_json(environment()), **data}, indent=1) + "\n"
+    (RESULTS / f"{name}.json").write_text(text)

@@ -1,0 +1,92 @@
+"""RIFormer-S12's deploy graph against what users have today, on ONNX Runtime's CPU and in TensorRT-RTX's build log.
+
+    python benchmarks/riformer.py --write
+
+CPU: float32, 224 x 224, one thread, interleaved rounds; ratios of CPU time. Against (a) the training form through bare
+``torch.onnx.export`` and (b) timm's PoolFormer-S12 on the same road as ours. TensorRT-RTX: kernels in the log of an FP16
+ahead-of-time build for SM89 (needs the extra ``tensorrt-rtx``): evidence for fusion, none for speed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+from common import arguments, bare, on_the_road, race, write_results
+from torch import nn
+
+from deploy.backends import load_backend
+from deploy.backends.base import BuildOptions
+from deploy.models import find_system
+from deploy.models.base import example_inputs, load_model
+from deploy.models.weights import random_state
+from deploy.precision.convert import convert_precision
+from deploy.records import Batch, Precision, Target, to_json
+from deploy.resolve import resolve_recipe
+
+
+def poolformer() -> nn.Module:
+    model = timm.create_model("poolformer_s12").eval()
+    model.load_state_dict(random_state(model.state_dict(), 0))
+    return model.requires_grad_(False)
+
+
+def cpu(batch: int, rounds: int, folder: Path) -> dict[str, object]:
+    ours = load_model(find_system("riformer"), resolve_recipe("riformer"), Target.ONNXRUNTIME)
+    (spec,) = ours.inputs
+    images = example_inputs((spec,), batch)[0].numpy()
+    graphs = {
+        "riformer deploy": on_the_road(ours.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"ours{batch}"),
+        "riformer training form, bare export": bare(ours.reference, images, folder / f"bare{batch}"),
+        "riformer deploy, MLP in one piece": on_the_road(
+            ours.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"whole{batch}", without=("split_mlp",)
+        ),
+        "poolformer, MLP in one piece": on_the_road(
+            poolformer(), spec, batch, Target.ONNXRUNTIME, folder / f"poolwhole{batch}", without=("split_mlp",)
+        ),
+        "poolformer, same road": on_the_road(poolformer(), spec, batch, Target.ONNXRUNTIME, folder / f"pool{batch}"),
+    }
+    record = race(graphs, images, rounds)
+    for ratio in record.ratios:
+        print(f"batch {batch}: {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")
+    return {
+        "ratios": to_json(record.ratios),
+        "p50_ms": {c.name: c.p50 for c in record.latencies},
+        "method": record.method,
+    }
+
+
+def kernels(folder: Path) -> dict[str, int] | str:
+    backend = load_backend("tensorrt_rtx")
+    if reason := backend.available():
+        return f"not built: {reason}"
+    ours = load_model(find_system("riformer"), resolve_recipe("riformer"), Target.TENSORRT)
+    counts = {}
+    for name, module in {"riformer deploy": ours.deploy, "poolformer": poolformer()}.items():
+        place = folder / f"rtx-{name}"
+        path = on_the_road(module, ours.inputs[0], 1, Target.TENSORRT, place)
+        typed = convert_precision(path, Precision.FP16, place, target=Target.TENSORRT)
+        options = BuildOptions(precision=Precision.FP16, batch=Batch(), inputs=ours.inputs, sm=(89,))
+        (engine,) = backend.build(place / typed.artifact.name, place, options)
+        counts[name] = sum(engine.audit.kernels.values())
+        print(f"{name}: {counts[name]} kernels in FP16 on SM89")
+    return counts
+
+
+def main() -> None:
+    options = arguments(__doc__ or "").parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        measured = {f"batch {batch}": cpu(batch, options.rounds, folder) for batch in (1, 8)}
+        counted = kernels(folder)
+    if options.write:
+        write_results(
+            "riformer", {"command": "python benchmarks/riformer.py --write", "cpu": measured, "kernels": counted}
+        )
+
+
+if __name__ == "__main__":
+    main()
