@@ -61,7 +61,9 @@ def _candidate(name: str, runner: Runner, feeds: Arrays) -> BenchCandidate:
 def race(graphs: Mapping[str, Path], images: np.ndarray, rounds: int) -> BenchRecord:
     """Time graphs against each other; the first is compared with every other."""
     with opened(graphs, images) as candidates:
-        return measure(candidates, BenchOptions(min_rounds=rounds, min_seconds=1.0, max_seconds=600, slice_seconds=0.1))
+        return measure(
+            candidates, BenchOptions(min_rounds=rounds, min_seconds=1.0, max_seconds=600, slice_seconds=0.01)
+        )
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
