@@ -2,8 +2,8 @@
 
     python benchmarks/road.py --write
 
-One process, in turn: the stages model to engine of ``effdeploy export riformer``, and ``torch.onnx.export`` of the loaded
-training form with its defaults. Wall time; imports are warm for both. Ratio = median over the rounds.
+One process, in turn: the stages model to engine of ``effdeploy export riformer``, and ``torch.onnx.export`` of the
+loaded training form with its defaults. Wall time; imports are warm for both. Ratio = median over the rounds.
 """
 
 from __future__ import annotations

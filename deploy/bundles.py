@@ -1,4 +1,4 @@
-"""What can be done with finished bundles: verify, bench, report."""
+"""What can be done with finished bundles besides reading them: verify and bench."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from deploy.models.base import Loaded, load_model
 from deploy.parity.compare import check_parity
 from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
 from deploy.records import Artifact, BenchRecord, RunRecord
-from deploy.report import render
 from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
 from deploy.summary import ratios_of
 
@@ -96,12 +95,6 @@ def bench_bundles(
         console.warn(warning)
     console.result(record)
     return record
-
-
-def report_bundles(bundles: Sequence[Path], out: Path | None) -> tuple[Path, ...]:
-    """Render reports from manifests alone: into the bundle, or a comparison of several into ``out`` (default ``.``)."""
-    runs = [read_manifest(bundle) for bundle in bundles]
-    return render(runs, out or (bundles[0] if len(bundles) == 1 else Path()))
 
 
 def stage_files(run: RunRecord) -> Mapping[str, Artifact]:

@@ -6,6 +6,7 @@ Here PyTorch, the stage files and the engines meet; parity and bench only see th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,15 +90,16 @@ def parity_candidates(
     outputs = loaded.system.outputs
     found = [Candidate(stage="deploy form", precision=Precision.FP32, open=lambda: TorchRunner(loaded.deploy, outputs))]
     options = build_options(recipe, recipe.bench.threads)
+    on_cpu = dataclasses.replace(options, device="cpu")
     ran = {engine.artifact.name for engine in engines if engine.runnable}
     for stage, artifact in stages.items():
         precision = Precision(stage) if stage in set(Precision) else Precision.FP32
         path = open_artifact(artifact, folder)
         if artifact.name not in ran and precision is not Precision.BF16:
-            found.append(Candidate(stage=stage, precision=precision, open=partial(open_model, path, options)))
+            found.append(Candidate(stage=stage, precision=precision, open=partial(open_model, path, on_cpu)))
         if precision is not Precision.FP32:
             found.append(
-                Candidate(stage=f"{stage}, rounded", precision=precision, open=partial(_emulated, path, options))
+                Candidate(stage=f"{stage}, rounded", precision=precision, open=partial(_emulated, path, on_cpu))
             )
     for engine in engines:
         if engine.runnable:

@@ -170,9 +170,9 @@ def report(
 ) -> None:
     """Render report.html and report.md again, from manifests alone; several bundles give a comparison."""
     with session(as_json, quiet, None) as console:
-        from deploy.bundles import report_bundles
+        from deploy.report import render_bundles
 
-        for path in report_bundles(bundles, out):
+        for path in render_bundles(bundles, out):
             console.line(f"wrote {path}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
 import shutil
 import time
@@ -247,8 +248,9 @@ class _Road:
         return self.inputs
 
     def sample(self, count: int = 0) -> Feeds:
-        """Return feeds of natural-looking images: ``count`` of them, or a few that the fixed batch takes."""
-        return sample_feeds(self.pack(), count or max(self.recipe.batch.min, min(_RANGE_IMAGES, self.recipe.batch.max)))
+        """Return feeds of natural-looking images: ``count`` of them, or a few in multiples of the smallest batch."""
+        batch = self.recipe.batch.min
+        return sample_feeds(self.pack(), count or batch * math.ceil(_RANGE_IMAGES / batch))
 
     def finish(self, record: RunRecord, out: Path) -> RunRecord:
         """Write recipe, manifest and reports, publish the bundle, and say how it went."""

@@ -100,7 +100,8 @@ def onnx_from_torch(module: nn.Module, request: TraceRequest, folder: Path) -> T
 
 def bare_export(module: nn.Module, arguments: tuple[torch.Tensor, ...], path: Path, names: tuple[str, ...]) -> Path:
     """Export with ``torch.onnx.export`` and its defaults: the baseline that users have today."""
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.onnx.export(module, arguments, path, dynamo=True, input_names=list(names), verbose=False)
     return path
 

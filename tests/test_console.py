@@ -210,7 +210,7 @@ def test_log_file_takes_what_libraries_say(tmp_path: Path) -> None:
     level = logging.getLogger().level
     with console.log_file(tmp_path / "run.log"), warnings.catch_warnings():
         warnings.simplefilter("always")
-        logging.getLogger("torch.onnx").info("translated 42 nodes")
+        logging.getLogger("onnxscript").info("translated 42 nodes")
         warnings.warn("deprecated thing", stacklevel=1)
     logging.getLogger("torch.onnx").warning("after")
     text = (tmp_path / "run.log").read_text()

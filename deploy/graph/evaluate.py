@@ -1,7 +1,8 @@
 """Values of constant expressions, computed with ONNX's own reference operators: no session is built for a shape.
 
 Only operators with one deterministic meaning are listed; each is held against ONNX Runtime in
-``tests/graph/test_evaluate.py``. Quantize and Dequantize are left out on purpose: folding them undoes a quantisation.
+``tests/graph/test_graph_evaluate.py``. Quantize and Dequantize are left out on purpose: folding them undoes a
+quantisation.
 """
 
 from __future__ import annotations

@@ -213,7 +213,8 @@ def usage(metrics: Metrics | Comparison, tolerance: Tolerance) -> tuple[float, s
     if not shares:
         return 0.0, "not judged"
     share, name, value, limit = max(shares, key=lambda s: (s[0], s[1] == "max_relative"))
-    return share, f"{name} {value:.6g} (limit {limit:g})"
+    digits = 3 if value < 0.1 else 6  # an error needs few, a cosine near 1 many
+    return share, f"{name} {value:.{digits}g} (limit {limit:g})"
 
 
 def _judged(metrics: Metrics | Comparison, tolerance: Tolerance) -> list[tuple[str, float, float]]:

@@ -105,7 +105,7 @@ def _refuse_nothing_low(decision: Decision, precision: Precision) -> None:
     reasons = "; ".join(sorted(set(decision.kept.values()))[:3]) or "it has no floating-point node"
     raise PrecisionError(
         f"nothing in this graph can compute in {policy.NAME[precision]}: {reasons}",
-        hint="--fp32, or fewer patterns in precision.keep",
+        hint="--fp32, or fewer patterns in typing.keep_fp32",
     )
 
 

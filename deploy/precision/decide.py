@@ -79,12 +79,13 @@ def _asked(view: GraphView, floats: list[int], keep: Iterable[str]) -> Marks:
             found = [i for i in floats if re.search(pattern, view.nodes[i].name)]
         except re.error as error:
             raise PrecisionError(
-                f"precision.keep {pattern!r} is not a regular expression: {error}", hint="escape dots and brackets: \\."
+                f"typing.keep_fp32 {pattern!r} is not a regular expression: {error}",
+                hint="escape dots and brackets: \\.",
             ) from error
         if not found:
             examples = ", ".join(repr(view.nodes[i].name) for i in floats[:: max(1, len(floats) // 3)][:3])
             raise PrecisionError(
-                f"precision.keep {pattern!r} matches no floating-point node; node names look like {examples}",
+                f"typing.keep_fp32 {pattern!r} matches no floating-point node; node names look like {examples}",
                 hint="effdeploy export ... --until passes, then look the names up in 20-patched.onnx",
             )
         for index in found:

@@ -2,7 +2,8 @@
 
 ONNX Runtime's CPU provider has no bfloat16 kernels, and runs a float16 graph in float32 with far fewer roundings than a
 GPU makes. The twin computes each operator in float32 (as tensor cores accumulate) and rounds its result through the
-low type by a pair of casts, which ONNX Runtime's optimiser leaves alone (``tests/precision/test_emulate.py``).
+low type by a pair of casts, which ONNX Runtime's optimiser leaves alone
+(``tests/precision/test_precision_emulate.py``).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 The rules err on the side of float32 where that is free: TensorRT computes the statistics of norms and softmax in
 float32 anyway and fuses the casts, so that the kernel count does not change (measured with TensorRT-RTX builds,
-``tests/precision/test_rtx.py``). Matrix products and convolutions, where the time goes, are never listed here.
+``tests/precision/test_precision_rtx.py``). Matrix products and convolutions, where the time goes, are never listed
+here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SCHEMA = "type: the operator does not take {dtype} at opset {opset}"
 UNKNOWN = "type: no ONNX schema says what the operator takes"
 RANGE = "range: a value beyond {dtype}'s largest, {limit:g}"
 TINY = "range: a constant that becomes zero in {dtype}"
-ASKED = "asked: precision.keep {pattern!r}"
+ASKED = "asked: typing.keep_fp32 {pattern!r}"
 BETWEEN = "between float32 nodes: a cast down and up again would only lose bits"
 FOLLOWS = "feeds float32 nodes only"
 

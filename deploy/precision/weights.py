@@ -94,7 +94,7 @@ def refuse_beyond(losses: Iterable[Loss], low: Precision) -> None:
     rest = f" and {len(beyond) - _SHOWN} more" if len(beyond) > _SHOWN else ""
     raise PrecisionError(
         f"weights beyond {NAME[low]}'s range of +-{LIMIT[low]:g}: {named}{rest}",
-        hint="use --bf16, or keep these layers in float32: --set 'precision.keep=[\"<module path>\"]'",
+        hint="use --bf16, or keep these layers in float32: --set 'typing.keep_fp32=[\"<module path>\"]'",
     )
 
 
@@ -105,7 +105,8 @@ def loss_warning(losses: Iterable[Loss], low: Precision) -> str | None:
         return None
     worst = max(hit, key=lambda loss: (loss.zeros + loss.subnormal) / loss.size)
     zeros, subnormal, size = (sum(getattr(h, f) for h in hit) for f in ("zeros", "subnormal", "size"))
+    lost = f"{zeros} become zero in {NAME[low]} and " if zeros else ""
     return (
-        f"{zeros} of {size} weights in {len(hit)} tensors become zero in {NAME[low]} and {subnormal} subnormal "
+        f"of {size} weights in {len(hit)} tensor(s) {lost}{subnormal} become subnormal in {NAME[low]} "
         f"(below {NORMAL[low]:.2g}, few bits left); worst: {worst.name}"
     )

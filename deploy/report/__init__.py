@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.artifacts import storage_errors
+from deploy.artifacts import read_manifest, storage_errors
 from deploy.errors import BundleError, UnknownNameError, did_you_mean
 from deploy.records import RunRecord
 
@@ -41,6 +41,18 @@ def render(runs: Sequence[RunRecord], folder: Path, formats: Sequence[str] = FOR
     page = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
     stem = "report" if len(runs) == 1 else "comparison"
     return tuple(_write(folder / f"{stem}.{name}", writers[name](page)) for name in formats)
+
+
+def render_bundles(bundles: Sequence[Path], out: Path | None = None) -> tuple[Path, ...]:
+    """Render from manifests alone: one bundle into itself, several as a comparison into ``out`` (default: here).
+
+    Raises:
+        BundleError: one of them is no bundle.
+    """
+    folder = out or (bundles[0] if len(bundles) == 1 else Path())
+    with storage_errors(f"cannot write to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return render([read_manifest(bundle) for bundle in bundles], folder)
 
 
 def _writers() -> Mapping[str, Callable[[Page], str]]:

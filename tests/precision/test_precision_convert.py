@@ -320,7 +320,7 @@ def test_weights_that_lose_their_value_are_counted(tmp_path: Path) -> None:
         "g (float[2,8] x) => (float[2,8] z) { a = MatMul(x, w) z = MatMul(a, faint) }", {"w": W, "faint": faint}
     )
     (warning,) = (w for w in convert(model, tmp_path).record.warnings if "weights" in w)
-    assert "3 of 64 weights in 1 tensors become zero in float16 and 5 subnormal" in warning
+    assert "of 64 weights in 1 tensor(s) 3 become zero in float16 and 5 become subnormal" in warning
     assert "faint" in warning
     assert not [w for w in convert(model, tmp_path, Precision.BF16).record.warnings if "weights" in w]
 
