@@ -14,7 +14,7 @@ from deploy.backends import load_backend
 from deploy.bench import BenchCandidate, measure
 from deploy.candidates import bench_candidates, parity_candidates
 from deploy.console import Console
-from deploy.errors import CheckpointError, ParityError
+from deploy.errors import BenchmarkError, CheckpointError, ParityError
 from deploy.models import find_system
 from deploy.models.base import Loaded, load_model
 from deploy.parity.compare import check_parity
@@ -45,7 +45,7 @@ def verify_bundle(
         for artifact in files:
             open_artifact(artifact, bundle)
         step.note(f"{len(files)} unchanged")
-    recipe = _recipe_of(run, {"weights": ("--weights", weights), "parity.images": ("--images", images)})
+    recipe = _recipe_of(run, {"weights": ("--weights", _text(weights)), "parity.images": ("--images", images)})
     with console.step("model") as step:
         loaded = _reload(run, recipe)
         step.note(loaded.record.weights.statement)
@@ -58,7 +58,7 @@ def verify_bundle(
     console.summary(verified, bundle)
     console.result(parity)
     if not parity.ok:
-        raise ParityError(parity.verdict, hint=f"effdeploy report {bundle}")
+        raise ParityError(parity.verdict, hint="the figures are above; the bundle itself was not changed")
     return verified
 
 
@@ -73,20 +73,21 @@ def bench_bundles(
     """
     found: list[BenchCandidate] = []
     recipes: list[Recipe] = []
+    names = _names(bundles)
     with contextlib.ExitStack() as stack, console.step("latency") as step:
         for index, bundle in enumerate(bundles):
             run = read_manifest(bundle)
             options = {
-                "weights": ("--weights", weights if index == 0 else None),
+                "weights": ("--weights", _text(weights) if index == 0 else None),
                 "bench.baselines": ("--baseline", baselines if index == 0 else ()),
                 "bench.seconds": ("--seconds", seconds),
-                "bench.threads": ("--threads", threads),
+                "bench.threads": ("--threads", threads or (recipes[0].bench.threads if recipes else None)),
             }
             recipe = _recipe_of(run, options)
             loaded = _reload(run, recipe) if recipe.bench.baselines else None
             feeds = sample_feeds(parity_inputs(find_system(recipe.system), recipe), recipe.batch.opt)
             opened, _ = stack.enter_context(bench_candidates(recipe, bundle, run.engines, feeds, loaded))
-            found += [_renamed(candidate, bundle, len(bundles)) for candidate in opened]
+            found += [_renamed(candidate, names[index], len(bundles)) for candidate in opened]
             recipes.append(recipe)
         record = measure(found, bench_options(recipes[0]))
         step.note(record.method)
@@ -117,17 +118,34 @@ def _reload(run: RunRecord, recipe: Recipe) -> Loaded:
     """Load the PyTorch reference and make sure that it is the one that the bundle was made from."""
     target = run.passes.target if run.passes else recipe.target or load_backend(recipe.engine.backend).target
     loaded = load_model(find_system(recipe.system), recipe, target)
-    if loaded.record.weights.sha256 != run.model.weights.sha256:
+    got, want = loaded.record.weights, run.model.weights
+    if (got.kind, got.sha256, got.seed) != (want.kind, want.sha256, want.seed):
         raise CheckpointError(
-            f"{loaded.record.weights.statement}: not what the bundle was made from ({run.model.weights.statement})",
+            f"{got.statement}: not what the bundle was made from ({want.statement})",
             hint="--weights with the original file",
         )
     return loaded
 
 
-def _renamed(candidate: BenchCandidate, bundle: Path, bundles: int) -> BenchCandidate:
-    name = candidate.name.replace("engine", bundle.name) if bundles > 1 else candidate.name
-    return dataclasses.replace(candidate, name=name)
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _names(bundles: Sequence[Path]) -> list[str]:
+    """Name bundles by their folder, and by its parent too where that is not enough.
+
+    Raises:
+        BenchmarkError: one bundle twice.
+    """
+    paths = [bundle.resolve() for bundle in bundles]
+    if len(set(paths)) < len(paths):
+        raise BenchmarkError("a bundle was named twice", hint="name each bundle once")
+    short = [path.name for path in paths]
+    return [p.name if short.count(p.name) == 1 else f"{p.parent.name}/{p.name}" for p in paths]
+
+
+def _renamed(candidate: BenchCandidate, name: str, bundles: int) -> BenchCandidate:
+    return dataclasses.replace(candidate, name=candidate.name.replace("engine", name)) if bundles > 1 else candidate
 
 
 def _latency_rows(record: BenchRecord) -> list[tuple[str, ...]]:

@@ -10,6 +10,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -55,15 +56,15 @@ class TorchRunner:
     ) -> None: ...
 
 
-def build_options(recipe: Recipe, threads: int = 0) -> BuildOptions:
-    """Return what a backend is asked for by this recipe; ``threads`` overrides the engine's own."""
+def build_options(recipe: Recipe) -> BuildOptions:
+    """Return what a backend is asked for by this recipe."""
     engine = recipe.engine
     return BuildOptions(
         precision=recipe.precision,
         batch=recipe.batch,
         inputs=graph_inputs(find_system(recipe.system), recipe.size),
         sm=engine.sm,
-        threads=threads or engine.threads,
+        threads=recipe.bench.threads,
         level=engine.level,
         workspace=engine.workspace,
         tf32=engine.tf32,
@@ -89,7 +90,7 @@ def parity_candidates(
     """
     outputs = loaded.system.outputs
     found = [Candidate(stage="deploy form", precision=Precision.FP32, open=lambda: TorchRunner(loaded.deploy, outputs))]
-    options = build_options(recipe, recipe.bench.threads)
+    options = build_options(recipe)
     on_cpu = dataclasses.replace(options, device="cpu")
     ran = {engine.artifact.name for engine in engines if engine.runnable}
     for stage, artifact in stages.items():
@@ -141,42 +142,56 @@ def bench_candidates(
     usable = [engine for engine in engines if engine.runnable]
     if not usable:
         raise BenchmarkError("no engine of this run can be timed on this machine", hint="bench it where it can run")
-    options = build_options(recipe, recipe.bench.threads)
+    options = build_options(recipe)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_threads(recipe.bench.threads))
-        runners = [_timed(stack, _engine(engine, folder, options)) for engine in usable]
+        opened = [_open_for_timing(stack, _engine(engine, folder, options), feeds) for engine in usable]
         found = [
-            bench_candidate(engine_name(engine, engines), runner, feeds, options, seconds, memory)
-            for engine, (runner, seconds, memory) in zip(usable, runners, strict=True)
+            _bench_candidate(engine_name(engine, engines), once, feeds, options)
+            for engine, once in zip(usable, opened, strict=True)
         ]
         for name in recipe.bench.baselines if loaded else ():
-            runner, seconds, memory = _timed(stack, partial(BASELINES[name], cast(Loaded, loaded), options, feeds))
-            found.append(bench_candidate(name, runner, feeds, options, seconds, memory, note=_NOTES[name]))
-        profile = getattr(runners[0][0], "profile", None)
+            make = partial(BASELINES[name], cast(Loaded, loaded), options, feeds)
+            once = _open_for_timing(stack, make, feeds)
+            found.append(_bench_candidate(name, once, feeds, options, note=_NOTES[name]))
+        profile = getattr(opened[0].runner, "profile", None)
         yield found, profile(feeds) if profile else {}
 
 
-def bench_candidate(
-    name: str, runner: Runner, feeds: Feeds, options: BuildOptions, seconds: float, memory: int, note: str = ""
-) -> BenchCandidate:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """A runner that has run once, with the seconds to open it and the memory that opening and running took."""
+
+    runner: Runner
+    seconds: float
+    memory: int
+
+
+def _open_for_timing(stack: contextlib.ExitStack, make: Callable[[], Runner], feeds: Feeds) -> _Opened:
+    def open_and_run() -> tuple[Runner, float]:
+        start = time.perf_counter()
+        runner = make()
+        seconds = time.perf_counter() - start
+        runner.infer(feeds)
+        return runner, seconds
+
+    (runner, seconds), memory = peak_memory_of(open_and_run)
+    return _Opened(runner=stack.enter_context(runner), seconds=seconds, memory=memory)
+
+
+def _bench_candidate(name: str, opened: _Opened, feeds: Feeds, options: BuildOptions, note: str = "") -> BenchCandidate:
     """Wrap an opened runner for timing on fixed feeds."""
+    runner = opened.runner
     return BenchCandidate(
         name=name,
         call=lambda: runner.infer(feeds),
         batch=len(next(iter(feeds.values()))),
         threads=options.threads,
         device=runner.device,
-        build_seconds=seconds,
-        peak_memory=memory,
-        note=note,
+        build_seconds=opened.seconds,
+        peak_memory=opened.memory,
+        note=note or getattr(runner, "latency_note", ""),
     )
-
-
-def _timed(stack: contextlib.ExitStack, make: Callable[[], Runner]) -> tuple[Runner, float, int]:
-    """Open a runner; return it with the seconds and the peak memory that this took."""
-    start = time.perf_counter()
-    runner, memory = peak_memory_of(make)
-    return stack.enter_context(runner), time.perf_counter() - start, memory
 
 
 @contextlib.contextmanager

@@ -36,12 +36,14 @@ from deploy.models.base import Loaded, System, load_model, measure_drift
 from deploy.parity.compare import check_parity
 from deploy.parity.inputs import InputPack
 from deploy.precision.convert import convert_precision
-from deploy.recipe import Recipe
+from deploy.preprocess import find_images
+from deploy.recipe import Recipe, layer_of_data, resolve
 from deploy.records import (
     SCHEMA_VERSION,
     Artifact,
     BenchRecord,
     EngineRecord,
+    Environment,
     ModelRecord,
     ParityRecord,
     PassesRecord,
@@ -64,7 +66,7 @@ _RANGE_IMAGES = 2  # enough to see an FP16 overflow coming, cheap enough to be o
 CONSUMES: Mapping[Stage, tuple[str, ...]] = {
     Stage.TRACE: ("system", "variant", "size", "batch", "classes", "options", "trace"),
     Stage.PASSES: ("passes",),
-    Stage.PRECISION: ("precision", "typing"),
+    Stage.PRECISION: ("precision", "typing", "parity", "preprocess"),  # the range check runs on parity inputs
     Stage.ENGINE: ("engine",),
     Stage.PARITY: ("parity", "preprocess"),
     Stage.LATENCY: ("bench",),
@@ -106,7 +108,7 @@ def run(
         ok, verdict = _verdict(parity, until)
         record = RunRecord(
             schema_version=SCHEMA_VERSION, effdeploy=__version__, name=out.name, created=_now(), until=until, ok=ok,
-            verdict=verdict, recipe=recipe.to_data(), environment=environment(), model=road.described(loaded),
+            verdict=verdict, recipe=recipe.to_data(), environment=road.environment(), model=road.described(loaded),
             trace=traced, passes=patched, precision=typed, engines=engines, parity=parity, bench=latency,
             stage_seconds={**road.seconds, "total": time.perf_counter() - begin},
         )  # fmt: skip
@@ -134,6 +136,8 @@ class _Road:
         self.system = find_system(self.recipe.system)
         self.backend = load_backend(self.recipe.engine.backend)
         self.target = self.recipe.target or self.backend.target
+        if self.recipe.parity.images and self.until.order >= Stage.PARITY.order:
+            find_images(self.recipe.parity.images, 1)  # a wrong folder shall not cost a whole export
         if self.until.order >= Stage.ENGINE.order and (reason := self.backend.available()):
             raise BackendUnavailableError(f"backend {self.backend.name}: {reason}", hint="or --backend onnxruntime")
 
@@ -153,7 +157,10 @@ class _Road:
         if stage.order > self.until.order:
             return None
         if self.old is not None and stage.order < self.start.order:
-            if (record := reuse(self.old)) is None:
+            skipped = stage is Stage.LATENCY and self.old.until.order >= stage.order  # no engine could be timed
+            if (record := reuse(self.old)) is None and skipped:
+                return None
+            if record is None:
                 raise BundleError(f"the earlier bundle has no stage {stage.value}", hint=f"--from {stage.value}")
             self.note_artifact(stage, record)
             return record
@@ -223,6 +230,11 @@ class _Road:
         """Compare every stage with PyTorch."""
         candidates = parity_candidates(loaded, self.recipe, self.folder, self.stages, engines)
         return check_parity(loaded.run, candidates, self.pack(), tolerances(self.recipe), task=self.system.task)
+
+    def environment(self) -> Environment:
+        """Describe the machine that measured: with a reused latency, the earlier bundle's."""
+        reused = self.old is not None and self.start.order > Stage.LATENCY.order
+        return self.old.environment if self.old is not None and reused else environment()
 
     def described(self, loaded: Loaded) -> ModelRecord:
         """Add the drift of the deploy form to the model's record, where parity was asked for."""
@@ -296,9 +308,10 @@ def _check_reusable(old: RunRecord, recipe: Recipe, start: Stage) -> None:
         for key in keys
         if old.recipe.get(key) != new[key]
     ]
-    target = (recipe.target or load_backend(recipe.engine.backend).target).value
-    if old.passes is not None and old.passes.target.value != target:
-        changed.append("target (needs --from trace)")
+    before = resolve([layer_of_data("manifest", old.recipe)])
+    lowering = [(r.target or load_backend(r.engine.backend).target, r.engine.device) for r in (before, recipe)]
+    if lowering[0] != lowering[1]:
+        changed.append("target or device (needs --from trace)")
     if changed:
         raise RecipeError(
             f"--from {start.value} would reuse stages made with another recipe; changed: {', '.join(changed)}",

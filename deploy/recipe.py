@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from deploy.errors import EffdeployError, RecipeError, SizeError, did_you_mean
 from deploy.records import Batch, Precision, Preprocess, Target, Tolerance
@@ -73,15 +82,22 @@ class PrecisionSection(_Section):
 
 
 class EngineSection(_Section):
-    """Which runtime builds the engine, and how."""
+    """Which runtime builds the engine, and how. CPU threads are ``bench.threads``: what is timed is what was built."""
 
     backend: str = Field("onnxruntime", description="onnxruntime, tensorrt or tensorrt_rtx")
     sm: tuple[int, ...] = Field((), description="CUDA compute capabilities for ahead-of-time builds, e.g. [80, 89]")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where ONNX Runtime runs; auto: CUDA if usable")
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: the runtime's default")
     level: int = Field(3, ge=0, le=5, description="TensorRT builder optimisation level")
     workspace: int = Field(0, ge=0, description="TensorRT workspace limit in bytes; 0: no limit")
     tf32: bool = Field(False, description="let FP32 matrix products use TF32 on a GPU")
+
+    @model_validator(mode="after")
+    def _sm_fits(self) -> EngineSection:
+        if len(set(self.sm)) < len(self.sm):
+            raise ValueError(f"sm: got {list(self.sm)}, expected each capability once")
+        if self.sm and self.backend == "onnxruntime":
+            raise ValueError("sm: onnxruntime builds for no compute capability; add --backend tensorrt_rtx")
+        return self
 
 
 class ToleranceSection(_Section):
@@ -115,6 +131,13 @@ class BenchSection(_Section):
     rounds: int = Field(20, ge=3, le=100000, description="at least this many interleaved rounds")
     threads: int = Field(1, ge=1, le=1024, description="CPU threads of every candidate")
     baselines: tuple[Literal["eager", "compile", "naive"], ...] = ()
+
+    @field_validator("baselines")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"got {list(names)}, expected each baseline once")
+        return names
 
 
 class PreprocessSection(_Section):
