@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.errors import BundleError, StorageError
-from deploy.records import Artifact, Environment, RunRecord, Stage, from_json, to_json
+from deploy.records import SCHEMA_VERSION, Artifact, Environment, RunRecord, Stage, from_json, to_json
 
 MANIFEST = "manifest.json"
 TRACED, PATCHED = "10-traced.onnx", "20-patched.onnx"
@@ -93,7 +93,11 @@ def run_folder(final: Path) -> Iterator[Path]:
     """Give a scratch folder beside ``final``; the caller publishes it, and it is gone otherwise.
 
     It lies on the same file system, so that ``publish`` is a rename.
+
+    Raises:
+        StorageError: something that is not a bundle is in the way, or the disk refuses.
     """
+    _require_free(final)
     with storage_errors(f"cannot write beside {final}"):
         final.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
@@ -109,11 +113,7 @@ def publish(scratch: Path, final: Path) -> None:
     Raises:
         StorageError: something that is not a bundle is in the way.
     """
-    if final.exists() and not (final / MANIFEST).is_file():
-        raise StorageError(
-            f"{final} exists and is not a bundle (no {MANIFEST}); it was left alone",
-            hint="choose another folder with --out, or remove it yourself",
-        )
+    _require_free(final)
     with storage_errors(f"cannot publish {final}"):
         scratch.chmod(0o755)  # mkdtemp makes it private
         if not final.exists():
@@ -128,6 +128,16 @@ def publish(scratch: Path, final: Path) -> None:
             raise
         finally:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_free(final: Path) -> None:
+    with storage_errors(f"cannot look at {final}"):
+        taken = final.exists() and not (final / MANIFEST).is_file()
+    if taken:
+        raise StorageError(
+            f"{final} exists and is not a bundle (no {MANIFEST}); it was left alone",
+            hint="choose another folder with --out, or remove it yourself",
+        )
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -159,7 +169,20 @@ def read_manifest(folder: Path) -> RunRecord:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}", hint="export again") from error
+    _require_schema(path, data)
     return from_json(RunRecord, data)
+
+
+def _require_schema(path: Path, data: Any) -> None:
+    """Compare the version before the fields: a field that another version names otherwise would hide the cause."""
+    if not isinstance(data, dict) or "schema_version" not in data:
+        return  # no manifest of any version; from_json says what is wrong with it
+    if (got := data["schema_version"]) != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema_version {got!r}, expected {SCHEMA_VERSION}",
+            hint=f"it was written by effdeploy {data.get('effdeploy', 'of another version')}: "
+            "use that version, or export again",
+        )
 
 
 def environment() -> Environment:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from deploy import summary, units
+from deploy.errors import StorageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -200,9 +201,19 @@ class Console:
 
     @contextlib.contextmanager
     def log_file(self, path: Path) -> Iterator[None]:
-        """Send what libraries log meanwhile, warnings included, to a file instead of the terminal."""
+        """Send what libraries log meanwhile, warnings included, to a file instead of the terminal.
+
+        Raises:
+            StorageError: the file cannot be written; said before any work is done.
+        """
         root = logging.getLogger()
-        handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+        try:
+            handler = logging.FileHandler(path, encoding="utf-8")
+        except OSError as error:
+            raise StorageError(
+                f"cannot write the log {path}: {error.strerror or error}",
+                hint="--log with a file in a folder that exists and that you may write to",
+            ) from error
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         level = root.level
         root.addHandler(handler)

@@ -298,6 +298,7 @@ class Comparison:
     failures: tuple[str, ...]
     per_input: Mapping[str, float] = field(default_factory=dict)  # input group -> max_relative
     precision: str = ""  # the key of ParityRecord.tolerances that judged it
+    top1_ties: int = 0  # images whose best class flipped between scores that max_relative allows to trade places
 
 
 @record
@@ -332,6 +333,7 @@ class Latency:
     peak_memory: int  # bytes that this candidate's process may have peaked at; 0 when not measured
     build_seconds: float
     note: str = ""
+    calls: int = 0  # calls that were timed; ``samples`` may hold fewer
 
 
 @record

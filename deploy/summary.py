@@ -108,11 +108,19 @@ def parity_rows(run: RunRecord) -> list[tuple[str, ...]]:
             f"{c.stage}: {c.output}" if several else c.stage,
             units.number(c.max_relative),
             units.cosine(c.cosine),
-            "not judged" if c.top1 is None else units.percent(c.top1),
+            top1(c),
             "pass" if c.passed else "FAIL: " + "; ".join(c.failures),
         )
         for c in run.parity.comparisons
     ]
+
+
+def top1(comparison: Comparison) -> str:
+    """Return the share of images with the same best class and its near ties: ``"87.5 % (1 near tie)"``."""
+    if comparison.top1 is None:
+        return "not judged"
+    ties = comparison.top1_ties
+    return units.percent(comparison.top1) + (f" ({ties} near tie{'s' if ties != 1 else ''})" if ties else "")
 
 
 def latency_rows(run: RunRecord) -> list[tuple[str, ...]]:

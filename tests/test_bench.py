@@ -205,6 +205,7 @@ def test_the_record_stays_small_and_says_so():
     ]
     assert len(latency.samples) == KEPT_SAMPLES
     assert latency.note.startswith("500 of 10")
+    assert f"500 of {latency.calls} " in latency.note
 
 
 def test_a_slow_baseline_ends_the_rounds():

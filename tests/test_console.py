@@ -19,7 +19,7 @@ from report import sample
 from deploy import console as module
 from deploy import summary
 from deploy.console import Console, Mode
-from deploy.errors import ParityError
+from deploy.errors import ParityError, StorageError
 
 
 class Terminal(io.StringIO):
@@ -221,6 +221,17 @@ def test_log_file_takes_what_libraries_say(tmp_path: Path) -> None:
     assert logging.getLogger().level == level
 
 
+@pytest.mark.parametrize("where", ["absent/run.log", "."])
+def test_a_log_that_cannot_be_written_is_said_at_once(where: str, tmp_path: Path) -> None:
+    console, _, _ = make()
+    before = list(logging.getLogger().handlers)
+    with pytest.raises(StorageError, match="cannot write the log") as caught, console.log_file(tmp_path / where):
+        pytest.fail("work was begun")
+    assert caught.value.exit_code == 19
+    assert "--log" in caught.value.hint
+    assert logging.getLogger().handlers == before
+
+
 def test_an_error_of_another_kind_still_has_a_code() -> None:
     console, _, err = make()
     console.error(RuntimeError())
@@ -289,6 +300,23 @@ def test_one_failure_anywhere_is_a_failure(where: str) -> None:
     console, out, _ = make()
     console.summary(dataclasses.replace(run, **broken[where]))
     assert "FAIL" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("top1", "ties", "words"),
+    [
+        (0.875, 1, "87.5 % (1 near tie)"),
+        (0.75, 2, "75.0 % (2 near ties)"),
+        (0.75, 0, "75.0 %"),
+        (None, 0, "not judged"),
+    ],
+)
+def test_near_ties_are_told(top1: float | None, ties: int, words: str) -> None:
+    run = sample.full_run()
+    assert run.parity is not None
+    one = dataclasses.replace(run.parity.comparisons[0], top1=top1, top1_ties=ties)
+    run = dataclasses.replace(run, parity=dataclasses.replace(run.parity, comparisons=(one,)))
+    assert summary.parity_rows(run)[0][3] == words
 
 
 def test_nan_is_the_worst_error() -> None:

@@ -12,7 +12,7 @@ import pytest
 from report import sample
 
 from deploy.errors import BundleError, RecipeError
-from deploy.records import Batch, Comparison, RunRecord, Stage, from_json, to_json
+from deploy.records import Batch, Comparison, Latency, RunRecord, Stage, from_json, to_json
 
 RUNS: dict[str, Callable[[], RunRecord]] = {
     "full": sample.full_run,
@@ -92,6 +92,16 @@ def test_what_is_not_a_record_is_refused(path: str, value: Any, words: str) -> N
 def test_what_is_no_object_is_refused(data: Any) -> None:
     with pytest.raises(BundleError, match="expected an object"):
         from_json(RunRecord, data)
+
+
+def test_older_records_without_counts_can_be_read() -> None:
+    run = sample.full_run()
+    assert run.parity is not None
+    assert run.bench is not None
+    comparison, latency = to_json(run.parity.comparisons[0]), to_json(run.bench.latencies[0])
+    del comparison["top1_ties"], latency["calls"]
+    assert from_json(Comparison, comparison).top1_ties == 0
+    assert from_json(Latency, latency).calls == 0
 
 
 def test_older_comparisons_without_precision_can_be_read() -> None:

@@ -110,11 +110,13 @@ class OnnxRuntimeBackend:
         runtime = self._require()
         graph = graph_types(model)
         wanted = _providers(runtime, options)
+        if CUDA not in wanted:
+            _refuse_bf16(options, "cpu")  # the session would fail first, with a kernel's name instead of a way out
         with tempfile.TemporaryDirectory() as scratch:
             start = time.perf_counter()
             session = _session(runtime, model, options, wanted, profile=Path(scratch) / "build")
             seconds = time.perf_counter() - start
-            device = _device(session)
+            device = _device(session)  # the CPU also where the CUDA provider could not be loaded
             _refuse_bf16(options, device)
             feeds = example_feeds(_inputs(session), options.batch)
             events = _profiled(session, feeds, runs=1)

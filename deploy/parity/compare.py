@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from deploy.backends.base import Array, Feeds, Runner
 from deploy.errors import ParityError, RecipeError, UnknownNameError, did_you_mean
 from deploy.parity.inputs import InputPack
-from deploy.parity.metrics import TASKS, Rows, concatenate, judge, pool, usage
+from deploy.parity.metrics import TASKS, Rows, concatenate, judge, near_ties, pool, usage
 from deploy.records import Comparison, ParityRecord, Precision, Tolerance
 
 Infer = Callable[[Feeds], Mapping[str, Array]]
@@ -142,7 +142,8 @@ def _comparison(
     candidate: Candidate, output: str, rows: Rows, inputs: InputPack, tolerances: Mapping[str, Tolerance]
 ) -> Comparison:
     metrics = pool(rows)
-    failures = judge(metrics, tolerances[candidate.precision.value])
+    tolerance = tolerances[candidate.precision.value]
+    failures = judge(metrics, tolerance)
     groups = np.array([group for chunk in inputs.chunks for group in chunk.groups])
     return Comparison(
         stage=candidate.stage,
@@ -156,6 +157,7 @@ def _comparison(
         snr_db=metrics.snr_db,
         top1=metrics.top1,
         top5=metrics.top5,
+        top1_ties=near_ties(metrics, tolerance),
         passed=not failures,
         failures=failures,
         per_input={group: pool(rows.take(groups == group)).max_relative for group in inputs.counts},

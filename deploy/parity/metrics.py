@@ -22,6 +22,7 @@ Float = NDArray[np.float64]
 Outputs = Mapping[str, Array]
 
 TOP = 5
+UNJUDGED = "no limit of the tolerance applies to this output"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,8 @@ class Rows:
         top1: 1 where both have the same largest class; ``None`` where the output is not [images, classes].
         top5: Share of the reference's five largest classes that are among the candidate's five; ``None`` as above, and
             where there are not more than five classes.
+        flip: The reference's score of its best class minus its score of the candidate's best class: 0 where both choose
+            the same, infinite where the candidate is not finite; ``None`` as ``top1``.
     """
 
     max_abs: Float
@@ -50,6 +53,7 @@ class Rows:
     finite: Float
     top1: Float | None
     top5: Float | None
+    flip: Float | None
 
     def __len__(self) -> int:
         return len(self.max_abs)
@@ -69,6 +73,8 @@ class Metrics:
 
     ``max_relative`` is ``max_abs`` over the largest ``|reference|`` of all images; ``relative_l2`` and ``snr_db`` pool
     the energy of all images; ``cosine`` is that of the worst image; ``top1`` and ``top5`` are shares of images.
+    ``flips`` holds, for each image whose best class changed, how far apart the reference has the two classes, over the
+    same largest ``|reference|``.
     """
 
     images: int
@@ -81,6 +87,7 @@ class Metrics:
     snr_db: float
     top1: float | None
     top5: float | None
+    flips: tuple[float, ...] = ()
 
 
 def compare_classification(reference: Outputs, candidate: Outputs) -> dict[str, Rows]:
@@ -112,7 +119,7 @@ def _rows(name: str, expected: Array, candidate: Outputs) -> Rows:
     finite: NDArray[np.bool_] = np.asarray(np.isfinite(b).all(axis=1))
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         gap = np.where(finite[:, None], np.abs(a - b), np.inf)
-        top1, top5 = _agreement(a, b, finite) if expected.ndim == 2 else (None, None)
+        top1, top5, flip = _agreement(a, b, finite) if expected.ndim == 2 else (None, None, None)
         return Rows(
             max_abs=gap.max(axis=1),
             mean_abs=gap.mean(axis=1),
@@ -123,6 +130,7 @@ def _rows(name: str, expected: Array, candidate: Outputs) -> Rows:
             finite=finite.astype(np.float64),
             top1=top1,
             top5=top5,
+            flip=flip,
         )
 
 
@@ -138,16 +146,19 @@ def _cosine(a: Float, b: Float) -> Float:
     return np.where(zero[0] & zero[1], 1.0, np.where(zero[0] | zero[1], 0.0, cosine))
 
 
-def _agreement(a: Float, b: Float, finite: NDArray[np.bool_]) -> tuple[Float | None, Float | None]:
+def _agreement(a: Float, b: Float, finite: NDArray[np.bool_]) -> tuple[Float | None, Float | None, Float | None]:
+    """Return ``top1``, ``top5`` and ``flip`` of ``Rows``."""
     classes = a.shape[1]
     if classes < 2:
-        return None, None
-    top1 = (a.argmax(axis=1) == b.argmax(axis=1)) & finite
+        return None, None, None
+    chosen = b.argmax(axis=1)
+    top1 = (a.argmax(axis=1) == chosen) & finite
+    flip: Float = np.where(finite, a.max(axis=1) - a[np.arange(len(a)), chosen], np.inf)
     if classes <= TOP:
-        return top1.astype(np.float64), None
+        return top1.astype(np.float64), None, flip
     best = [np.argsort(-x, axis=1, kind="stable")[:, :TOP] for x in (a, b)]
     shared = (best[0][:, :, None] == best[1][:, None, :]).any(axis=2).mean(axis=1)
-    return top1.astype(np.float64), np.where(finite, shared, 0.0)
+    return top1.astype(np.float64), np.where(finite, shared, 0.0), flip
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
@@ -176,7 +187,15 @@ def pool(rows: Rows) -> Metrics:
         snr_db=_snr(error, energy),
         top1=None if rows.top1 is None else float(rows.top1.mean()),
         top5=None if rows.top5 is None else float(rows.top5.mean()),
+        flips=_flips(rows),
     )
+
+
+def _flips(rows: Rows) -> tuple[float, ...]:
+    if rows.top1 is None or rows.flip is None:
+        return ()
+    peak = float(rows.peak.max())
+    return tuple(_ratio(float(gap), peak) for gap in rows.flip[rows.top1 == 0])
 
 
 def _ratio(error: float, scale: float) -> float:
@@ -195,16 +214,34 @@ def _snr(error: float, energy: float) -> float:
 def judge(metrics: Metrics, tolerance: Tolerance) -> tuple[str, ...]:
     """Return one sentence per limit that is broken, e.g. ``"cosine 0.9981 < 0.9999"``; none when all hold.
 
-    NaN and infinity fail whatever the tolerance says.
+    NaN and infinity fail whatever the tolerance says, and so does an output that no limit applies to: what was not
+    judged has not passed. Flips of the best class that are ``near_ties`` are not held against ``top1``.
     """
     failures = []
+    judged = _judged(metrics, tolerance)
     if metrics.nonfinite:
         failures.append(f"NaN or infinity in {metrics.nonfinite} of {metrics.images} images")
-    for name, value, limit in _judged(metrics, tolerance):
+    for name, value, limit in judged:
         most = name == "max_relative"
         if not (value <= limit if most else value >= limit):
-            failures.append("{} {} {} {}".format(name, *_apart(value, ">" if most else "<", limit)))
+            sentence = "{} {} {} {}".format(name, *_apart(value, ">" if most else "<", limit))
+            ties = near_ties(metrics, tolerance) if name == "top1" else 0
+            tail = f", {ties} near tie{'s' if ties != 1 else ''} counted as agreement" if ties else ""
+            failures.append(sentence + tail)
+    if not judged:
+        failures.append(UNJUDGED)
     return tuple(failures)
+
+
+def near_ties(metrics: Metrics, tolerance: Tolerance) -> int:
+    """Count the images whose best class changed although both scores moved by no more than ``max_relative`` allows.
+
+    Each of the two may move by ``max_relative`` of the largest ``|reference|``, so classes that lie up to twice that
+    apart may trade places. Without a ``max_relative`` there are none.
+    """
+    if tolerance.max_relative is None:
+        return 0
+    return sum(gap <= 2 * tolerance.max_relative for gap in metrics.flips)
 
 
 def usage(metrics: Metrics | Comparison, tolerance: Tolerance) -> tuple[float, str]:
@@ -218,9 +255,12 @@ def usage(metrics: Metrics | Comparison, tolerance: Tolerance) -> tuple[float, s
 
 
 def _judged(metrics: Metrics | Comparison, tolerance: Tolerance) -> list[tuple[str, float, float]]:
-    """List (metric, value, limit) for what is both measured and limited."""
-    names = ("max_relative", "cosine", "snr_db", "top1", "top5")
-    pairs = ((name, getattr(metrics, name), getattr(tolerance, name)) for name in names)
+    """List (metric, value, limit) for what is both measured and limited; near ties count as agreement."""
+    values = {name: getattr(metrics, name) for name in ("max_relative", "cosine", "snr_db", "top1", "top5")}
+    ties = near_ties(metrics, tolerance) if isinstance(metrics, Metrics) else metrics.top1_ties
+    if metrics.top1 is not None and ties:
+        values["top1"] = (round(metrics.top1 * metrics.images) + ties) / metrics.images
+    pairs = ((name, value, getattr(tolerance, name)) for name, value in values.items())
     return [(name, value, limit) for name, value, limit in pairs if value is not None and limit is not None]
 
 

@@ -36,7 +36,10 @@ def _strip_chart(bench: BenchRecord, batch: int) -> Block:
         for c in usable
     ]
     title = f"Latency of one call, batch {batch}"
-    sentence = f"Each dot is one call, long series thinned by rank; {calls}."
+    sentence = (
+        "Each dot is one call; of long series the record keeps calls evenly in time, and those are drawn by evenly "
+        f"spaced ranks; {calls}."
+    )
     svg = charts.strips(f"chart-latency-{batch}", title, sentence, rows, "ms")
     return Chart(title=title, sentence=sentence, svg=svg, legend=(("dots", "one call"), ("p50", "p50"), ("p99", "p99")))
 
@@ -70,7 +73,7 @@ def _latency_table(bench: BenchRecord) -> Table:
                 *(units.milliseconds(v) for v in (c.p50, c.p90, c.p95, c.p99, c.mean)),
                 units.percent(c.cov),
                 units.number(c.throughput),
-                units.count(len(c.samples)),
+                units.count(_calls(c)),
                 units.size(c.peak_memory) if c.peak_memory else units.NOT_MEASURED,
                 units.seconds(c.build_seconds),
                 *((c.note,) if notes else ()),
@@ -100,5 +103,12 @@ def _candidate(c: Latency) -> str:
     return f"{c.name}, {words.conditions(c)}"
 
 
+def _calls(c: Latency) -> int:
+    """Return how many calls were timed; records of before this was counted have their samples only."""
+    return max(c.calls, len(c.samples))
+
+
 def _samples(c: Latency) -> str:
-    return f"{units.count(len(c.samples))} call{'s' if len(c.samples) != 1 else ''}"
+    calls, kept = _calls(c), len(c.samples)
+    text = f"{units.count(calls)} call{'s' if calls != 1 else ''}"
+    return text if kept == calls else f"{text}, {units.count(kept)} kept"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy import units
+from deploy import summary, units
 from deploy.records import Comparison, ParityRecord, RunRecord, Tolerance
 from deploy.report import charts, words
 from deploy.report.blocks import BAD, GOOD, QUIET, Block, Chart, Details, Listing, Section, Table, Text, cells
@@ -67,7 +67,7 @@ def _parity_table(record: ParityRecord) -> Table:
                 words.verdict(c.passed, "pass" if c.passed else "; ".join(c.failures)),
                 units.number(c.max_relative),
                 units.cosine(c.cosine),
-                words.agreement(c.top1),
+                summary.top1(c),
                 words.agreement(c.top5),
                 words.decibel(c.snr_db),
                 units.number(c.max_abs),

@@ -79,10 +79,14 @@ def recipe(run: RunRecord) -> Section:
 
 def reproduce(run: RunRecord) -> Section:
     """Give the command lines that make and check the same files."""
-    lines = (
-        f"{export_command(run)}\n# every setting of the run, from the bundle's folder:\neffdeploy export recipe.yaml"
-    )
-    blocks: list[Block] = [Code(text=lines)]
+    until = [] if run.until is Stage.REPORT else ["--until", run.until.value]
+    whole = shlex.join(["effdeploy", "export", "recipe.yaml", *until])
+    blocks: list[Block] = [
+        Text(text="The same run, in the bundle's folder: recipe.yaml holds every setting."),
+        Code(text=whole),
+        Text(text="By options, from anywhere; what else differs from the shipped recipe is in recipe.yaml only:"),
+        Code(text=export_command(run)),
+    ]
     if polygraphy := polygraphy_commands(run):
         words = "Without effdeploy, in the bundle's folder: typed file against traced file on the same seeded inputs."
         blocks += [Text(text=words), Code(text=polygraphy)]
@@ -90,7 +94,7 @@ def reproduce(run: RunRecord) -> Section:
 
 
 def export_command(run: RunRecord) -> str:
-    """Return the ``effdeploy export`` line for what the recipe asked; settings without an option are in the recipe."""
+    """Return the ``effdeploy export`` line for the main options; what else was set is in ``recipe.yaml`` only."""
     words = ["effdeploy", "export", run.model.system]
     for keys, option in _OPTIONS:
         value = _lookup(run.recipe, keys)

@@ -69,6 +69,14 @@ def test_bf16_on_the_cpu_names_the_backends_that_can(graph, tmp_path):
     assert "--backend tensorrt_rtx" in caught.value.hint
 
 
+def test_bf16_on_the_cpu_is_refused_before_the_runtime_fails_on_a_kernel(graph, tmp_path):
+    path = graph("network", "bf16")
+    with pytest.raises(EngineBuildError, match="Could not find an implementation"):
+        module.open_model(path, CPU)
+    with pytest.raises(BackendUnavailableError, match="no BF16 kernels"):
+        BACKEND.build(path, tmp_path, BuildOptions(device="cpu", precision=Precision.BF16))
+
+
 def test_profile_speaks_of_the_nodes_of_the_graph(graph, tmp_path):
     path = graph("network")
     (engine,) = BACKEND.build(path, tmp_path, CPU)

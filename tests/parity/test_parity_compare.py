@@ -123,6 +123,24 @@ def test_swapped_classes_fail():
     assert any(f.startswith("top1 0 < 1") for f in result.comparisons[0].failures)
 
 
+@pytest.mark.parametrize(("gap", "ties"), [(1e-5, 2), (1e-2, 0)])
+def test_flips_between_near_ties_are_counted_and_do_not_fail(gap, ties):
+    def near(feeds: Feeds, sign: float) -> dict[str, np.ndarray]:
+        logits = np.clip(model(feeds)["logits"], -1.0, 1.0)
+        logits[:, 0], logits[:, 1] = 3.0, 2.0
+        logits[:1, 1] = 3.0 + sign * gap  # the first image of each chunk
+        return {"logits": logits}
+
+    result = check(
+        candidate(lambda f: near(f, 1.0)), batch=Batch(min=4, opt=4, max=4), reference=lambda f: near(f, -1.0)
+    )
+    (comparison,) = result.comparisons
+    assert comparison.top1 == 0.75
+    assert comparison.top1_ties == ties
+    assert result.ok == (ties == 2)
+    assert from_json(ParityRecord, to_json(result)) == result
+
+
 def test_images_that_leak_into_each_other_fail():
     result = check(
         candidate(spoiled(lambda x: x.__setitem__(slice(None), np.roll(x, 1, axis=0)))), batch=Batch.parse(4)

@@ -325,6 +325,37 @@ def test_ten_thousand_samples_stay_a_small_page(tmp_path: Path) -> None:
     assert max(positions) <= 100
 
 
+def test_calls_are_those_timed_not_those_kept(tmp_path: Path) -> None:
+    run = sample.full_run()
+    assert run.bench is not None
+    first, *rest = run.bench.latencies
+    bench = dataclasses.replace(run.bench, latencies=(dataclasses.replace(first, calls=4_321), *rest))
+    page = Reader(html_of(dataclasses.replace(run, bench=bench), tmp_path)).text
+    assert "engine: 4,321 calls, 120 kept; naive: 120 calls" in page
+    assert "calls evenly in time" in page
+    table = markdown_of(dataclasses.replace(run, bench=bench), tmp_path).partition("**Latency in figures")[2]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| engine") or "| calls |" in line]
+    assert rows[1][rows[0].index("calls")] == "4,321"
+
+
+def test_near_ties_stand_beside_the_agreement(tmp_path: Path) -> None:
+    run = sample.full_run()
+    assert run.parity is not None
+    *others, last = run.parity.comparisons
+    tied = dataclasses.replace(last, top1=0.875, top1_ties=1)
+    run = dataclasses.replace(run, parity=dataclasses.replace(run.parity, comparisons=(*others, tied)))
+    assert "87.5 % (1 near tie)" in Reader(html_of(run, tmp_path)).text
+    assert "87.5 % (1 near tie)" in markdown_of(run, tmp_path)
+    assert "near tie" not in markdown_of(sample.full_run(), tmp_path)
+
+
+def test_the_recipe_file_comes_before_the_options(tmp_path: Path) -> None:
+    text = markdown_of(sample.full_run(), tmp_path)
+    assert text.index("recipe.yaml holds every setting") < text.index("effdeploy export recipe.yaml\n")
+    assert text.index("effdeploy export recipe.yaml\n") < text.index("effdeploy export riformer")
+    assert "effdeploy export recipe.yaml --until trace\n" in markdown_of(sample.stopped_run(), tmp_path)
+
+
 def test_large_graphs_are_cut_and_summed(tmp_path: Path) -> None:
     run = sample.full_run()
     assert run.passes is not None
