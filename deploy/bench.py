@@ -251,8 +251,8 @@ def _latency(track: _Track) -> Latency:
         peak_memory=c.peak_memory,
         build_seconds=c.build_seconds,
         note="; ".join(part for part in (c.note, thinned) if part),
-    )
         calls=len(ms),
+    )
 
 
 def _ratio(engine: _Track, baseline: _Track, cpu: bool) -> Ratio:
