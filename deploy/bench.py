@@ -226,7 +226,8 @@ def _pairs(tracks: list[_Track]) -> Iterator[tuple[_Track, _Track]]:
     engines: dict[int, _Track] = {}
     for track in tracks:
         engine = engines.setdefault(track.candidate.batch, track)
-        if engine is not track:
+        # A CPU baseline says nothing about how good an engine on a GPU is.
+        if engine is not track and engine.candidate.device == track.candidate.device:
             yield engine, track
 
 

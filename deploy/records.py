@@ -330,7 +330,7 @@ class Latency:
     p99: float
     cov: float  # standard deviation / mean
     throughput: float  # images per second, batch / p50
-    peak_memory: int  # bytes that this candidate's process may have peaked at; 0 when not measured
+    peak_memory: int  # bytes by which opening it and the first call raised the process; 0 when not measured
     build_seconds: float
     note: str = ""
     calls: int = 0  # calls that were timed; ``samples`` may hold fewer

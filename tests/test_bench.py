@@ -170,7 +170,13 @@ def test_cpu_time_sees_through_a_busy_machine():
     assert "CPU time of the calling thread" in result.method
 
 
-@pytest.mark.parametrize("change", [{"device": "cuda:0"}, {"threads": 2}, {"workers": 2}])
+def test_a_gpu_engine_is_not_compared_with_a_cpu_baseline():
+    machine = Machine()
+    candidates = [machine.candidate("engine", 1.0, device="cuda:0"), machine.candidate("eager", 4.0)]
+    assert measure(candidates, QUICK, clocks=machine.clocks).ratios == ()
+
+
+@pytest.mark.parametrize("change", [{"threads": 2}, {"workers": 2}])
 def test_otherwise_ratios_use_wall_time(change):
     machine = Machine()
     candidates = [machine.candidate("engine", 6.0, cpu=1 / 3, **change), machine.candidate("eager", 4.0)]
