@@ -97,7 +97,7 @@ def test_graph_agrees_with_pytorch_on_onnx_runtime(system, target, batch, tmp_pa
     request = TraceRequest(inputs=loaded.inputs, outputs=system.outputs, batch=recipe.batch, opset=opset)
     traced = onnx_from_torch(loaded.deploy, request, tmp_path)
     patched = run_passes(tmp_path / traced.artifact.name, target, tmp_path)
-    backend, options = load_backend("onnxruntime"), build_options(recipe, 1)
+    backend, options = load_backend("onnxruntime"), build_options(recipe)
     (engine,) = backend.build(tmp_path / patched.artifact.name, tmp_path, options)
     arguments = example_inputs(loaded.inputs, recipe.batch.max)
     feeds = {spec.name: t.numpy() for spec, t in zip(loaded.inputs, arguments, strict=True)}
