@@ -12,6 +12,7 @@ import ast
 import contextlib
 import gc
 import logging
+import re
 import time
 import warnings
 from collections import Counter
@@ -82,7 +83,7 @@ def onnx_from_torch(module: nn.Module, request: TraceRequest, folder: Path) -> T
     _rename(converted.model)
     _strip(converted.model)
     model = ir.to_proto(converted.model)
-    checks = _check_interface(model, request)
+    checks = _check_interface(model, request, _expected_outputs(module, arguments, request))
     path = folder / TRACED
     save_model(model, path)
     checks += _check_batches(module, path, request, traced_at=size)
@@ -179,11 +180,15 @@ def _convert(program: Any, request: TraceRequest) -> Any:
 def _failing_node(program: Any, error: BaseException) -> str:
     """Name the operator and module that the exporter's message speaks of."""
     text = " ".join(str(e) for e in (error, error.__cause__) if e)
-    for node in program.graph.nodes:
-        if node.op == "call_function" and f"%{node.name} " in text:
-            scopes = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-            return f"{node.target} in module {scopes[-1] if scopes else '(root)'}"
-    return "the program"
+    named = set(re.findall(r"%(\w+) ", text))
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    # A decomposed node drops its namespace: special_bessel_j0 becomes bessel_j0.
+    near = [node for node in calls if any(node.name.endswith(f"_{name}") for name in named)]
+    found = [node for node in calls if node.name in named] or (near if len(near) == 1 else [])
+    if not found:
+        return "the program"
+    scopes = [path for path, _ in (found[0].meta.get("nn_module_stack") or {}).values()]
+    return f"{found[0].target} in module {scopes[-1] if scopes else '(root)'}"
 
 
 def _brief(error: BaseException) -> str:
@@ -258,36 +263,71 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _check_interface(model: ModelProto, request: TraceRequest) -> list[str]:
-    """Compare opset, names, types and every dimension with the request."""
+def _expected_outputs(
+    module: nn.Module, arguments: tuple[torch.Tensor, ...], request: TraceRequest
+) -> tuple[TensorSpec, ...]:
+    """Run the module once: what PyTorch gives is what the graph must give, with the asked batch axis."""
+    try:
+        with torch.inference_mode():
+            result = module(*arguments)
+    except Exception as error:  # a capture with fake tensors can pass where real values fail
+        raise TraceError(f"the module fails in PyTorch: {_brief(error)}", hint="details: --log FILE") from error
+    tensors = result if isinstance(result, tuple) else (result,)
+    if got := [type(t).__name__ for t in tensors if not isinstance(t, torch.Tensor)]:
+        raise TraceError(f"the module returns {got[0]}, expected a tensor or a tuple of tensors", hint=_OUTPUTS)
+    if len(tensors) != len(request.outputs):
+        raise TraceError(
+            f"the module returns {len(tensors)} outputs, asked {len(request.outputs)}: {', '.join(request.outputs)}",
+            hint=_OUTPUTS,
+        )
+    if scalars := [name for name, t in zip(request.outputs, tensors, strict=True) if t.ndim == 0]:
+        raise TraceError(f"output {scalars[0]}: a scalar, expected a batch axis", hint=_OUTPUTS)
+    return tuple(
+        TensorSpec(name=name, dtype=str(t.dtype).removeprefix("torch."), shape=(_axis(request), *t.shape[1:]))
+        for name, t in zip(request.outputs, tensors, strict=True)
+    )
+
+
+def _axis(request: TraceRequest) -> int | str:
+    return "batch" if request.batch.dynamic else request.batch.opt
+
+
+def _check_interface(model: ModelProto, request: TraceRequest, outputs: tuple[TensorSpec, ...]) -> list[str]:
+    """Compare opset, counts, names, types and every dimension with the request and with PyTorch's ``outputs``."""
     versions = {o.domain: o.version for o in model.opset_import}
     if versions.get("") != request.opset:
         raise TraceError(
             f"the exporter wrote opset {versions.get('')}, asked was {request.opset}",
             hint=f"--set trace.opset={versions.get('')}",
         )
-    axis: int | str = "batch" if request.batch.dynamic else request.batch.opt
-    got_inputs, got_outputs = _specs(model.graph.input), _specs(model.graph.output)
-    for spec, got in zip(request.inputs, got_inputs, strict=True):
-        want = TensorSpec(
-            name=spec.name, dtype=spec.dtype, shape=tuple(axis if d == "batch" else d for d in spec.shape)
-        )
-        if got != want:
-            raise TraceError(
-                f"input {spec.name}: exported {got.dtype}{list(got.shape)}, asked {list(want.shape)}", hint=_FROZEN
-            )
-    for name, got in zip(request.outputs, got_outputs, strict=True):
-        if got.name != name or got.shape[0] != axis or any(isinstance(d, str) for d in got.shape[1:]):
-            raise TraceError(
-                f"output {name}: exported {got.name} {list(got.shape)}, asked batch axis {axis}", hint=_FROZEN
-            )
+    inputs = tuple(
+        TensorSpec(name=s.name, dtype=s.dtype, shape=tuple(_axis(request) if d == "batch" else d for d in s.shape))
+        for s in request.inputs
+    )
+    _check_specs("input", inputs, _specs(model.graph.input))
+    _check_specs("output", outputs, _specs(model.graph.output))
     return [
         f"opset {request.opset} as asked",
-        "names, types and every dimension of " + ", ".join(s.name for s in (*got_inputs, *got_outputs)) + " as asked",
+        "names, types and every dimension of " + ", ".join(s.name for s in (*inputs, *outputs)) + " as asked",
     ]
 
 
+def _check_specs(kind: str, asked: tuple[TensorSpec, ...], exported: tuple[TensorSpec, ...]) -> None:
+    if len(asked) != len(exported):
+        names = ", ".join(spec.name for spec in exported) or "none"
+        raise TraceError(f"{len(exported)} {kind}s exported ({names}), asked {len(asked)}", hint=_OUTPUTS)
+    for want, got in zip(asked, exported, strict=True):
+        if got != want:
+            raise TraceError(
+                f"{kind} {want.name}: exported {got.name} {got.dtype}{list(got.shape)}, "
+                f"expected {want.dtype}{list(want.shape)}",
+                hint=_FROZEN if got.dtype == want.dtype else _RETYPED,
+            )
+
+
+_OUTPUTS = "the system's inputs and outputs must be those of its modules' forward"
 _FROZEN = "the exporter froze or freed an axis; try a fixed --batch"
+_RETYPED = "the exporter changed the type; try another --set trace.opset=N"
 
 
 def _check_batches(module: nn.Module, path: Path, request: TraceRequest, traced_at: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -180,3 +181,74 @@ def test_outputs_equal_pytorch(tmp_path):
     images = np.random.default_rng(0).standard_normal((2, 3, 8, 8), dtype=np.float32)
     with open_model(tmp_path / record.artifact.name, BuildOptions(threads=1)) as runner, torch.inference_mode():
         assert abs(runner.infer({"images": images})["logits"] - net(torch.from_numpy(images)).numpy()).max() < 1e-5
+
+
+class Returning(nn.Module):
+    """Gives whatever ``make`` makes of the logits."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.net, self.make = Net(), make
+
+    def forward(self, images):
+        return self.make(self.net(images))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x: (x, x + 1), "returns 2 outputs, asked 1: logits"),
+        (lambda x: x.sum(), "output logits: a scalar"),
+        (lambda x: {"logits": x}, "returns dict"),
+    ],
+)
+def test_outputs_that_were_not_asked_are_an_error(tmp_path, make, words):
+    with pytest.raises(TraceError) as caught:
+        export(tmp_path, Returning(make))
+    assert words in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("make", [lambda x: x.argmax(1), lambda x: x.reshape(len(x), 5, 1), lambda x: x > 0])
+def test_outputs_of_any_type_and_rank_are_held_against_pytorch(tmp_path, make):
+    record = export(tmp_path, Returning(make), batch="2")
+    assert record.outputs[0].shape[0] == 2
+
+
+def test_a_shape_without_batch_is_an_error(tmp_path):
+    with pytest.raises(TraceError, match="output logits: exported logits float32"):
+        export(tmp_path, Returning(lambda x: x.t()), batch="2")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x: x.double(), "float64[1, 5], expected float32[1, 5]"),
+        (lambda x: x.argmax(1, keepdim=True).expand(-1, 5), "int64[1, 5], expected float32[1, 5]"),
+        (lambda x: x[:, :4], "float32[1, 4], expected float32[1, 5]"),
+        (lambda x: x.sum(), "float32[], expected float32[1, 5]"),
+        (lambda x: (x, x + 1), "2 outputs exported"),
+    ],
+)
+def test_a_file_whose_outputs_differ_from_pytorchs_is_an_error(tmp_path, monkeypatch, make, words):
+    """The checker itself: the file comes from another module than the one that runs."""
+    from deploy import trace
+
+    other, capture, convert = Returning(make).eval(), trace._capture, trace._convert
+    names = ("logits", "extra") if "2 outputs" in words else ("logits",)
+    monkeypatch.setattr(trace, "_capture", lambda m, a, r: capture(other, a, r))
+    monkeypatch.setattr(trace, "_convert", lambda p, r: convert(p, replace(r, outputs=names)))
+    with pytest.raises(TraceError) as caught:
+        export(tmp_path, Net())
+    assert words in caught.value.message
+
+
+def test_another_number_of_inputs_is_an_error(tmp_path, monkeypatch):
+    from deploy import trace
+
+    real = trace._check_interface
+    doubled = request()
+    doubled = replace(doubled, inputs=doubled.inputs * 2)
+    monkeypatch.setattr(trace, "_check_interface", lambda m, r, o: real(m, doubled, o))
+    with pytest.raises(TraceError, match=r"1 inputs exported \(images\), asked 2"):
+        export(tmp_path, Net())

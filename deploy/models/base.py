@@ -114,11 +114,12 @@ def load_model(system: System, recipe: Recipe, target: Target) -> Loaded:
         UnknownNameError: no such variant.
         SizeError: the model cannot take ``recipe.size``.
         CheckpointError: the weights cannot be read or do not fit.
-        RecipeError: an architecture option that the system does not have.
+        RecipeError: an architecture option that the system does not have, or a value that it cannot be built with.
     """
     start = time.perf_counter()
     options = resolve_options(system, recipe)
     check_size(system, recipe.size)
+    macs = _macs_of_options(system, recipe, options)
     reference, weights = _with_weights(system, recipe, options)
     deploy = system.to_deploy(reference, target).eval()
     inputs = graph_inputs(system, recipe.size)
@@ -130,7 +131,7 @@ def load_model(system: System, recipe: Recipe, target: Target) -> Loaded:
         size=recipe.size,
         parameters=_parameters(reference),
         deploy_parameters=_parameters(deploy),
-        macs=count_macs(system, options, recipe.size),
+        macs=macs,
         weights=weights,
         preprocess=recipe.preprocess.record(),
         form=system.forms[target].name,
@@ -200,6 +201,22 @@ def count_macs(system: System, options: Options, size: Size) -> int:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(*inputs)
     return int(counter.get_total_flops()) // 2
+
+
+def _macs_of_options(system: System, recipe: Recipe, options: Options) -> int:
+    """Count multiply-adds; a model that fails only with the recipe's options is the recipe's mistake, not a defect."""
+    try:
+        return count_macs(system, options, recipe.size)
+    except Exception as error:  # an architecture raises whatever its code meets
+        if not recipe.options:
+            raise
+        defaults = system.variants[recipe.variant].options
+        told = "; ".join(f"options.{k}: got {v!r}, expected e.g. {defaults[k]!r}" for k, v in recipe.options.items())
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise RecipeError(
+            f"{system.name} cannot be built: {told} ({type(error).__name__}: {reason})",
+            hint=f"the values in the message are those of variant {recipe.variant}; lists go together in length",
+        ) from error
 
 
 def measure_drift(loaded: Loaded) -> Drift:

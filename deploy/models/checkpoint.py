@@ -27,6 +27,7 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 # Bookkeeping that EMA and data-preprocessor wrappers leave among the weights.
 _BOOKKEEPING = re.compile(r"^(steps|n_averaged|num_updates|decay|data_preprocessor\..*)$")
 _SHOWN = 8
+_DEEPEST = 8  # wrappers inside wrappers; a pickle can hold itself
 
 State = dict[str, torch.Tensor]
 
@@ -68,16 +69,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``; weights come back as float32 on the CPU.
 
     Raises:
-        CheckpointError: missing, truncated, of an unknown type, or without weights.
+        CheckpointError: missing, truncated, of an unknown type, without weights, or with sparse, quantised or complex
+            ones.
         UnsafeCheckpointError: a pickle that holds more than tensors and plain containers.
-        NonFiniteWeightsError: NaN or infinity, with the names of the tensors.
+        NonFiniteWeightsError: NaN, infinity, or values that float32 cannot hold, with the names of the tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file", hint="--weights PATH, or --weights random")
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors, wrapping = unwrap(raw, path)
-    _check_finite(tensors, path)
+    _check_plain(tensors, path)
     state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    _check_finite(state, path)
     return Checkpoint(tensors=state, sha256=sha256_of(path), wrapping=wrapping)
 
 
@@ -135,12 +138,13 @@ def unwrap(raw: Any, path: Path) -> tuple[State, str]:
     steps: list[str] = []
     while isinstance(raw, Mapping):
         tensors = {str(k): v for k, v in raw.items() if isinstance(v, torch.Tensor) and not _BOOKKEEPING.match(str(k))}
-        inner = next((w for w in _WRAPPERS if isinstance(raw.get(w), Mapping) and raw[w]), None)
-        if len(tensors) > 1 or inner is None:
+        inner = next((w for w in _WRAPPERS if isinstance(raw.get(w), Mapping) and _holds_weights(raw[w])), None)
+        # Trainers keep scalars such as the epoch beside the wrapper.
+        if inner is None or sum(v.ndim > 0 for v in tensors.values()) > 1 or len(steps) == _DEEPEST:
             break
         steps.append(inner)
         raw = raw[inner]
-    if not isinstance(raw, Mapping) or not tensors:
+    if not isinstance(raw, Mapping) or not _holds_weights(tensors):
         got = sorted(map(str, raw))[:_SHOWN] if isinstance(raw, Mapping) else type(raw).__name__
         raise CheckpointError(f"{path.name} holds no weights; got {got}", hint="expected a state dict of tensors")
     while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None):
@@ -149,11 +153,42 @@ def unwrap(raw: Any, path: Path) -> tuple[State, str]:
     return tensors, f", from {'.'.join(steps)}" if steps else ""
 
 
+def _holds_weights(value: Any) -> bool:
+    """Whether a tensor that is not a scalar lies in a mapping, at any depth."""
+    pending, seen = [value], set()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor) and item.ndim > 0:
+            return True
+        if isinstance(item, Mapping) and id(item) not in seen:
+            seen.add(id(item))
+            pending.extend(item.values())
+    return False
+
+
+def _check_plain(tensors: State, path: Path) -> None:
+    bad = [f"{k} ({kind})" for k, v in tensors.items() if (kind := _strange(v))]
+    if bad:
+        raise CheckpointError(
+            f"{path.name}: {len(bad)} of {len(tensors)} tensors are not dense and real: {_listed(bad)}",
+            hint="expected a float checkpoint from before quantisation or pruning; densify or dequantise it",
+        )
+
+
+def _strange(tensor: torch.Tensor) -> str:
+    """Say what keeps a tensor from becoming a dense float32 weight; empty when nothing does."""
+    if tensor.is_complex() or tensor.is_quantized:
+        return str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_meta:
+        return "meta device, no data"
+    return "" if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
+
+
 def _check_finite(tensors: State, path: Path) -> None:
     bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if bad:
         raise NonFiniteWeightsError(
-            f"{path.name}: NaN or infinity in {len(bad)} of {len(tensors)} tensors: {_listed(bad)}",
+            f"{path.name}: NaN or infinity as float32 in {len(bad)} of {len(tensors)} tensors: {_listed(bad)}",
             hint="the training diverged or the file is damaged; use another checkpoint",
         )
 
@@ -208,6 +243,9 @@ def _apply(weight_map: WeightMap, tensors: State, expected: Mapping[str, torch.T
         elif state[name].shape != expected[name].shape:
             got, want = tuple(state[name].shape), tuple(expected[name].shape)
             misfits.append(f"shape: {origin[name]} is {got}, {name} needs {want}")
+        elif state[name].is_floating_point() != expected[name].is_floating_point():
+            types = (str(s[name].dtype).removeprefix("torch.") for s in (state, expected))
+            misfits.append(f"dtype: {origin[name]} is {next(types)}, {name} needs {next(types)}")
     free = {name: name for name in expected if name not in state}
     misfits.extend(f"unexpected: {origin[k]}{_nearest(k, free)}" for k in unexpected)
     return state, misfits

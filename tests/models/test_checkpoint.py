@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import effdeploy
 
 from deploy.errors import CheckpointError, NonFiniteWeightsError, UnsafeCheckpointError
 from deploy.models import find_system
@@ -218,3 +220,101 @@ def test_unknown_type_and_missing_file(tmp_path):
         read_checkpoint(tmp_path / "w.h5")
     with pytest.raises(CheckpointError, match="not a file"):
         read_checkpoint(tmp_path / "none.pth")
+
+
+BESIDE = {
+    "scalar tensors": lambda s: {"state_dict": s, "epoch": torch.tensor(3), "best": torch.tensor(0.7)},
+    "an ema without weights": lambda s: {"ema": {"decay": 0.9, "updates": 5}, "state_dict": s},
+    "an ema of scalars": lambda s: {"ema": {"decay": torch.tensor(0.9), "more": {"n": torch.tensor(5)}}, "model": s},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_bookkeeping_beside_a_wrapper_does_not_hide_it(name, state, tmp_path):
+    torch.save(BESIDE[name](state), tmp_path / "w.pth")
+    assert read_checkpoint(tmp_path / "w.pth").tensors.keys() == {k.removeprefix("module.") for k in state}
+    assert load(tmp_path / "w.pth").record.weights.kind == "file"
+
+
+def test_a_weight_beside_a_wrapper_is_not_dropped_in_silence(state, tmp_path):
+    """Negative control: two real tensors at the top are weights, whatever else lies there."""
+    torch.save({"a": torch.zeros(2), "b": torch.zeros(2), "state_dict": state}, tmp_path / "w.pth")
+    assert read_checkpoint(tmp_path / "w.pth").tensors.keys() == {"a", "b"}
+
+
+def test_only_scalars_are_no_weights(tmp_path):
+    torch.save({"epoch": torch.tensor(3)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="no weights"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    endless = {"w": torch.zeros(2)}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "w.pth")
+    assert read_checkpoint(tmp_path / "w.pth").tensors.keys() == {"w"}
+
+
+@pytest.mark.parametrize(("value", "finite"), [(1e300, False), (-1e39, False), (1e38, True)])
+def test_float64_beyond_float32_is_not_finite(value, finite, state, tmp_path):
+    key = "backbone.patch_embed.proj.bias"
+    torch.save({**state, key: torch.full((8,), value, dtype=torch.float64)}, tmp_path / "w.pth")
+    if finite:
+        assert read_checkpoint(tmp_path / "w.pth").tensors[key].dtype == torch.float32
+        return
+    with pytest.raises(NonFiniteWeightsError, match=r"backbone\.patch_embed\.proj\.bias"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+STRANGE = {
+    "complex64": lambda: torch.zeros(8, dtype=torch.complex64),
+    "sparse_coo": lambda: torch.eye(8).to_sparse(),
+    "meta device": lambda: torch.zeros(8, device="meta"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_tensors_that_are_not_dense_and_real_are_refused(kind, state, tmp_path):
+    torch.save({**state, "backbone.patch_embed.proj.bias": STRANGE[kind]()}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=rf"backbone\.patch_embed\.proj\.bias \({kind}") as caught:
+        read_checkpoint(tmp_path / "w.pth")
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_quantised_tensors_are_refused(state, tmp_path):
+    torch.save({**state, "q": torch.quantize_per_tensor(torch.ones(8), 0.1, 0, torch.qint8)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"q \(qint8\)"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_integers_for_a_float_weight_do_not_fit(state, tmp_path):
+    torch.save({**state, "backbone.patch_embed.proj.bias": torch.ones(8, dtype=torch.int8)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path / "w.pth")
+    assert "dtype: backbone.patch_embed.proj.bias is int8, stem.bias needs float32" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("options.depths=3", "options.depths: got 3, expected e.g. ["),
+        ("options.widths=[8,16]", "options.widths: got [8, 16], expected e.g. ["),
+        ("options.mlp_ratio=abc", "options.mlp_ratio: got 'abc', expected e.g. "),
+    ],
+)
+def test_options_that_no_model_can_be_built_with(assignment, words, tmp_path):
+    got = effdeploy(
+        "export", "riformer", "--variant", "tiny", "--until", "model", "--set", assignment, "--out", tmp_path / "out"
+    )
+    assert got.exit_code == 3
+    assert words in " ".join(got.stderr.split())
+
+
+def test_a_defect_of_a_system_is_not_blamed_on_the_recipe():
+    def build(options, size, layout):
+        raise TypeError("a defect")
+
+    system = replace(SYSTEM, build=build)
+    with pytest.raises(TypeError, match="a defect"):
+        load_model(system, resolve_recipe("riformer", {"variant": ("", "tiny")}), Target.ONNXRUNTIME)
