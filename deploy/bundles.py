@@ -14,7 +14,7 @@ from deploy.backends import load_backend
 from deploy.bench import BenchCandidate, measure
 from deploy.candidates import bench_candidates, parity_candidates
 from deploy.console import Console
-from deploy.errors import BenchmarkError, CheckpointError, ParityError
+from deploy.errors import BenchmarkError, BundleError, CheckpointError, ParityError
 from deploy.models import find_system
 from deploy.models.base import Loaded, load_model
 from deploy.parity.compare import check_parity
@@ -35,11 +35,15 @@ def verify_bundle(
         The bundle's record with the new parity; the bundle itself is not touched.
 
     Raises:
-        BundleError: a file is missing or was changed.
+        BundleError: a file is missing or was changed, or there is no engine.
         CheckpointError: the weights are not those that the bundle was made from.
         ParityError: out of tolerance.
     """
     run = read_manifest(bundle)
+    if not run.engines:
+        raise BundleError(
+            f"{bundle} has no engine: its run stopped after {run.until.value} as asked", hint="export without --until"
+        )
     with console.step("files") as step:
         files = artifacts_of(run)
         for artifact in files:
@@ -54,7 +58,8 @@ def verify_bundle(
         inputs = parity_inputs(loaded.system, recipe)
         parity = check_parity(loaded.run, candidates, inputs, tolerances(recipe), task=loaded.system.task)
         step.note(parity.verdict)
-    verified = dataclasses.replace(run, parity=parity, ok=parity.ok, verdict=parity.verdict)
+    # Nothing was timed here: the export's latencies are in the bundle's own report.
+    verified = dataclasses.replace(run, parity=parity, ok=parity.ok, verdict=parity.verdict, bench=None)
     console.summary(verified, bundle)
     console.result(parity)
     if not parity.ok:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,9 +184,15 @@ def _one_precision(**flags: bool) -> tuple[str, Any]:
     return (f"--{chosen[0]}", chosen[0]) if chosen else ("--fp32", None)
 
 
+def _terminated(number: int, frame: object) -> None:
+    """Let a terminated run clean up after itself, as an interrupted one does."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Entry point of the ``effdeploy`` command."""
     logging.getLogger("deploy").addHandler(logging.NullHandler())
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except BrokenPipeError:  # `effdeploy list | head`

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from deploy import __version__
 from deploy.artifacts import (
+    MANIFEST,
     artifacts_of,
     environment,
     open_artifact,
@@ -29,7 +30,7 @@ from deploy.backends.base import Backend, Feeds
 from deploy.bench import measure
 from deploy.candidates import bench_candidates, build_options, parity_candidates
 from deploy.console import Console, Mode
-from deploy.errors import BackendUnavailableError, BundleError, ParityError, RecipeError
+from deploy.errors import BackendUnavailableError, BundleError, ParityError, RecipeError, StorageError
 from deploy.graph.pipeline import run_passes
 from deploy.models import find_system
 from deploy.models.base import Loaded, System, load_model, measure_drift
@@ -92,9 +93,11 @@ def run(
 
     Raises:
         ParityError: outputs are out of tolerance; the failed bundle holds the evidence.
+        StorageError: ``out`` holds a bundle that went further than ``until``, or something else.
         EffdeployError: any other stage failed; nothing is left behind.
     """
     begin = time.perf_counter()
+    _refuse_to_shorten(out, until)
     with run_folder(out) as folder:
         road = _Road(recipe=recipe, folder=folder, until=until, start=start, console=console or Console(Mode.SILENT))
         road.continue_from(out)
@@ -280,6 +283,15 @@ class _Road:
         if not record.ok:
             raise ParityError(record.verdict, hint=f"the evidence is in {final}; nothing was written to {out}")
         return record
+
+
+def _refuse_to_shorten(out: Path, until: Stage) -> None:
+    """Keep a bundle that went further down the road than this run would."""
+    if (out / MANIFEST).is_file() and (old := read_manifest(out)).until.order > until.order:
+        raise StorageError(
+            f"{out} holds a bundle that went on to {old.until.value}; a run until {until.value} would replace it",
+            hint="choose another folder with --out, or remove it yourself",
+        )
 
 
 def _verdict(parity: ParityRecord | None, until: Stage) -> tuple[bool, str]:

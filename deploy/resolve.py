@@ -63,7 +63,8 @@ def default_name(recipe: Recipe) -> str:
     """Name a bundle after what decides it: system, variant, size, batch, precision, backend."""
     size = str(recipe.size[0]) if recipe.size[0] == recipe.size[1] else f"{recipe.size[0]}x{recipe.size[1]}"
     batch = "" if str(recipe.batch) == "1" else "b" + str(recipe.batch).replace(":", "-")
-    parts = (recipe.system, recipe.variant, size, batch, recipe.precision.value, recipe.engine.backend)
+    lowered = f"for-{recipe.target.value}" if recipe.target else ""
+    parts = (recipe.system, recipe.variant, size, batch, recipe.precision.value, recipe.engine.backend, lowered)
     return "-".join(part for part in parts if part)
 
 

@@ -266,6 +266,21 @@ def test_something_else_in_the_way_is_left_alone(tmp_path):
     assert left_behind(tmp_path) == ["b"]
 
 
+def test_a_shorter_run_does_not_replace_a_finished_bundle(tiny_bundle):
+    before = left_behind(tiny_bundle)
+    result = effdeploy(*TINY, "--until", "model", "--out", tiny_bundle)
+    assert result.exit_code == 19
+    assert "went on to report" in result.stderr
+    assert left_behind(tiny_bundle) == before
+
+
+def test_verify_of_a_bundle_without_an_engine_is_no_pass(tmp_path):
+    assert effdeploy(*TINY, "--until", "model", "--out", tmp_path / "b").exit_code == 0
+    result = effdeploy("verify", tmp_path / "b")
+    assert result.exit_code == 17
+    assert "has no engine" in result.stderr
+
+
 def test_a_bundle_that_is_none(tmp_path):
     for command in ("verify", "bench", "report"):
         result = effdeploy(command, tmp_path)
@@ -273,15 +288,16 @@ def test_a_bundle_that_is_none(tmp_path):
         assert "not a bundle" in result.stderr
 
 
-def test_ctrl_c_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(number, code, tmp_path):
     command = [sys.executable, "-m", "deploy", *TINY, "--seconds", "60", "--out", str(tmp_path / "b")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".b.partial-*/10-traced.onnx")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == code, output
     assert left_behind(tmp_path) == []
 
 

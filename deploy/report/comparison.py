@@ -33,7 +33,16 @@ def comparison_page(runs: Sequence[RunRecord]) -> Page:
 
 
 def _overview(runs: Sequence[RunRecord]) -> Section:
-    columns = ("run", "verdict", "precision", "engine", "latency p50", "largest error", "engine size", "weights")
+    columns = (
+        "run",
+        "verdict",
+        "precision",
+        "engine",
+        "latency p50",
+        "error of the last stage",
+        "engine size",
+        "weights",
+    )
     rows = []
     for run in runs:
         status = summary.status(run)

@@ -78,16 +78,19 @@ def error_tile(run: RunRecord) -> Tile:
     """Return the largest error of the last judged stage."""
     found = summary.worst(summary.last_stage(run))
     if found is None or run.parity is None:
-        return Tile(label="largest error", value="not run", note=_why(run, "parity"))
+        return Tile(label="error of the last stage", value="not run", note=_why(run, "parity"))
     tolerance = parity.limits_of(run.parity, found)
     limit = tolerance.max_relative if tolerance else None
     allowed = f"{units.given(limit)} allowed, " if limit is not None else ""
     note = f"of the largest output; {allowed}stage {found.stage}"
     if not found.passed:
         return Tile(
-            label="largest error", value=f"✗ {units.number(found.max_relative)}", note=f"FAIL: {note}", tone=BAD
+            label="error of the last stage",
+            value=f"✗ {units.number(found.max_relative)}",
+            note=f"FAIL: {note}",
+            tone=BAD,
         )
-    return Tile(label="largest error", value=units.number(found.max_relative), note=note)
+    return Tile(label="error of the last stage", value=units.number(found.max_relative), note=note)
 
 
 def size_tile(run: RunRecord) -> Tile:

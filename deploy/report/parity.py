@@ -112,7 +112,7 @@ def _per_input_table(record: ParityRecord) -> Table:
     groups = sorted(record.inputs)
     columns = ("stage", *(f"{g} ({units.count(record.inputs[g])} images)" for g in groups))
     return Table(
-        title="Max relative error by kind of input",
+        title="Max relative error by kind of input, each relative to the largest output of its own kind",
         columns=columns,
         numeric=frozenset(columns[1:]),
         rows=tuple(
