@@ -16,7 +16,7 @@ from deploy.artifacts import environment
 from deploy.backends.base import BuildOptions, Runner
 from deploy.backends.onnxruntime import open_model
 from deploy.bench import BenchCandidate, BenchOptions, measure
-from deploy.graph.pipeline import PIPELINE, run_passes
+from deploy.graph.pipeline import run_passes
 from deploy.models.base import Arrays
 from deploy.records import Batch, BenchRecord, Target, TensorSpec, to_json
 from deploy.trace import TraceRequest, bare_export, choose_opset, onnx_from_torch
@@ -25,17 +25,14 @@ RESULTS = Path(__file__).parent / "results"
 THREADS = 1
 
 
-def on_the_road(
-    module: nn.Module, spec: TensorSpec, batch: int, target: Target, folder: Path, without: tuple[str, ...] = ()
-) -> Path:
-    """Trace a module as ``effdeploy export`` does and run the target's passes, but for those named ``without``."""
+def on_the_road(module: nn.Module, spec: TensorSpec, batch: int, target: Target, folder: Path) -> Path:
+    """Trace a module as ``effdeploy export`` does and run the target's passes."""
     folder.mkdir(parents=True, exist_ok=True)
     request = TraceRequest(
         inputs=(spec,), outputs=("logits",), batch=Batch.parse(batch), opset=choose_opset(None, target, False)
     )
     traced = onnx_from_torch(module, request, folder)
-    steps = tuple(step for step in PIPELINE[target] if step.pass_.name not in without)
-    return folder / run_passes(folder / traced.artifact.name, target, folder, steps=steps).artifact.name
+    return folder / run_passes(folder / traced.artifact.name, target, folder).artifact.name
 
 
 def bare(module: nn.Module, images: np.ndarray, folder: Path) -> Path:

@@ -40,9 +40,6 @@ def cpu(batch: int, rounds: int, folder: Path) -> dict[str, object]:
     graphs = {
         "riformer deploy": on_the_road(ours.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"ours{batch}"),
         "riformer training form, bare export": bare(ours.reference, images, folder / f"bare{batch}"),
-        "riformer deploy, without split_mlp": on_the_road(
-            ours.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"whole{batch}", without=("split_mlp",)
-        ),
         "poolformer, same road": on_the_road(poolformer(), spec, batch, Target.ONNXRUNTIME, folder / f"pool{batch}"),
     }
     record = race(graphs, images, rounds)

@@ -210,8 +210,7 @@ class _Road:
         """Run the target's graph passes."""
         path = self.folder / _needed(traced).artifact.name
         verify = dict(self.pack().chunks[0].feeds) if self.recipe.passes.verify_each else None
-        on_cpu = self.backend.device(build_options(self.recipe)) == "cpu"
-        return run_passes(path, self.target, self.folder, verify=verify, on_cpu=on_cpu)
+        return run_passes(path, self.target, self.folder, verify=verify)
 
     def type(self, patched: PassesRecord | None) -> PrecisionRecord:
         """Write the precision into the graph."""

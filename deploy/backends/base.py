@@ -69,9 +69,6 @@ class Backend(Protocol):
     def available(self) -> str | None:
         """Return ``None`` when engines can be built here, else what is missing and how to get it."""
 
-    def device(self, options: BuildOptions) -> str:
-        """Return ``"cpu"`` or ``"cuda"``: where an engine built with ``options`` would run. Loads nothing heavy."""
-
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
         """Build ``model`` (an ONNX file inside ``folder``) into engines that lie in ``folder``.
 

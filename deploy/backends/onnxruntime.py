@@ -91,14 +91,6 @@ class OnnxRuntimeBackend:
             return f"onnxruntime cannot be imported ({error}); pip install onnxruntime-gpu, or onnxruntime off x86-64"
         return None
 
-    def device(self, options: BuildOptions) -> str:
-        """Return ``"cuda"`` where the CUDA provider would be used, else ``"cpu"``.
-
-        Raises:
-            BackendUnavailableError: ``device="cuda"`` and no usable GPU.
-        """
-        return "cuda" if CUDA in _providers(self._require(), options) else "cpu"
-
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
         """Open a session on ``model``, run it once under the profiler and audit its kernels.
 

@@ -60,10 +60,6 @@ class TensorRtBackend:
             missing.append("no NVIDIA GPU or driver on this machine; --backend tensorrt_rtx builds without one")
         return "; ".join(missing) or None
 
-    def device(self, options: BuildOptions) -> str:
-        """Return ``"cuda"``: there is no TensorRT for CPUs."""
-        return "cuda"
-
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
         """Build ``engine-sm<NN>.plan`` for the GPU at hand and audit it with the engine inspector.
 

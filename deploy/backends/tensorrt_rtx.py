@@ -65,10 +65,6 @@ class TensorRtRtxBackend:
             return f"tensorrt_rtx cannot be imported ({error}); {_INSTALL} (Linux and Windows on x86-64)"
         return None
 
-    def device(self, options: BuildOptions) -> str:
-        """Return ``"cuda"``: there is no TensorRT for CPUs."""
-        return "cuda"
-
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
         """Build one ``engine-sm<NN>.rtx`` for each of ``options.sm`` (80, 89 and 120 when empty).
 

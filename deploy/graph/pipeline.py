@@ -32,7 +32,6 @@ from deploy.graph.passes import (
     REMOVE_CASTS,
     REMOVE_RESHAPES,
     SHARE_INITIALIZERS,
-    SPLIT_MLP,
 )
 from deploy.graph.verify import Feeds, Interface, OutputWatch, check_model, check_structure, interface_of
 from deploy.records import PassesRecord, PassRecord, Target
@@ -47,7 +46,6 @@ class Step:
 
     pass_: GraphPass
     reason: str
-    cpu_only: bool = False
 
 
 _SHARED: tuple[Step, ...] = (
@@ -56,40 +54,26 @@ _SHARED: tuple[Step, ...] = (
     Step(FUSE_BATCH_NORM, "no gain in time (runtimes do it too), but Q/DQ must see the weights that really run"),
     Step(FUSE_LAYER_NORM, "one kernel with float32 statistics, also in a float16 graph"),
 )
-_GELU = Step(FUSE_GELU, "ONNX Runtime does not fuse torch.export's form: RIFormer-S12 runs 1.2x slower with it")
 _LAST: tuple[Step, ...] = (
+    Step(FUSE_GELU, "ONNX Runtime does not fuse torch.export's form: RIFormer-S12 runs 1.2x slower with it"),
     Step(REMOVE_CASTS, "each cast is a kernel, and precision typing places its own"),
     Step(REMOVE_RESHAPES, "each transpose copies a tensor; pairs appear where modules meet"),
     Step(SHARE_INITIALIZERS, "smaller files; last, since every rewrite above makes constants"),
 )
 
 PIPELINE: dict[Target, tuple[Step, ...]] = {
-    # No FUSE_GROUP_NORM here: on ONNX Runtime's CPU the operator is 12 % slower than the InstanceNormalization form.
-    Target.ONNXRUNTIME: (
-        *_SHARED,
-        _GELU,
-        Step(
-            SPLIT_MLP, "pieces stay in the cache: RIFormer-S12 1.03x at batch 1 (benchmarks/riformer.py)", cpu_only=True
-        ),
-        *_LAST,
-    ),
+    # No FUSE_GROUP_NORM here: ONNX Runtime's CPU provider has no kernel for the operator and expands it into ten nodes.
+    Target.ONNXRUNTIME: (*_SHARED, *_LAST),
     Target.TENSORRT: (
         *_SHARED,
-        Step(FUSE_GROUP_NORM, "one kernel instead of three: 93 instead of 143 in RIFormer-S12 (TensorRT-RTX, FP16)"),
-        _GELU,
+        Step(FUSE_GROUP_NORM, "one kernel instead of three (TensorRT-RTX build log); RIFormer-S12 has 93 with it"),
         *_LAST,
     ),
 }
 
 
 def run_passes(
-    model: Path,
-    target: Target,
-    folder: Path,
-    *,
-    verify: Feeds | None = None,
-    steps: tuple[Step, ...] | None = None,
-    on_cpu: bool = True,
+    model: Path, target: Target, folder: Path, *, verify: Feeds | None = None, steps: tuple[Step, ...] | None = None
 ) -> PassesRecord:
     """Lower a traced graph for its target and write ``20-patched.onnx``.
 
@@ -100,7 +84,6 @@ def run_passes(
         verify: Inputs by name. With them the graph runs before and after every pass, and a pass that moves an output by
             more than 1e-5 of its largest value is an error that names it.
         steps: Another list than the target's.
-        on_cpu: Whether the graph will run on a CPU; steps that pay only there are left out otherwise.
 
     Raises:
         GraphPassError: a pass broke its contract, or the traced file is no ONNX model.
@@ -109,7 +92,7 @@ def run_passes(
     start = time.perf_counter()
     traced = load_model(model)
     counts, interface = op_counts(traced), (tensor_specs(traced.graph.input), tensor_specs(traced.graph.output))
-    chosen = tuple(s for s in (PIPELINE[target] if steps is None else steps) if on_cpu or not s.cpu_only)
+    chosen = PIPELINE[target] if steps is None else steps
     patched, records = _patched(traced, chosen, verify)
     if (got := (tensor_specs(patched.graph.input), tensor_specs(patched.graph.output))) != interface:
         raise GraphPassError(f"the passes changed the inputs or outputs: got {got}, expected {interface}")

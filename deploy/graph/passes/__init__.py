@@ -12,7 +12,6 @@ from deploy.graph.passes.fuse_layer_norm import FUSE_LAYER_NORM
 from deploy.graph.passes.remove_casts import REMOVE_CASTS
 from deploy.graph.passes.remove_reshapes import REMOVE_RESHAPES
 from deploy.graph.passes.share_initializers import SHARE_INITIALIZERS
-from deploy.graph.passes.split_mlp import SPLIT_MLP
 
 PASSES: tuple[GraphPass, ...] = (
     FOLD_CONSTANTS,
@@ -23,7 +22,6 @@ PASSES: tuple[GraphPass, ...] = (
     FUSE_GELU,
     REMOVE_CASTS,
     REMOVE_RESHAPES,
-    SPLIT_MLP,
     SHARE_INITIALIZERS,
 )
 
@@ -38,5 +36,4 @@ __all__ = [
     "REMOVE_CASTS",
     "REMOVE_RESHAPES",
     "SHARE_INITIALIZERS",
-    "SPLIT_MLP",
 ]
