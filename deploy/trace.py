@@ -77,7 +77,7 @@ def onnx_from_torch(module: nn.Module, request: TraceRequest, folder: Path) -> T
     start = time.perf_counter()
     size = 2 if request.batch.dynamic else request.batch.opt
     arguments = example_inputs(request.inputs, size)
-    with _quiet():
+    with _quiet(), _without_collection():
         program = _capture(module, arguments, request)
         converted = _convert(program, request)
     _rename(converted.model)
@@ -101,30 +101,45 @@ def onnx_from_torch(module: nn.Module, request: TraceRequest, folder: Path) -> T
 
 def bare_export(module: nn.Module, arguments: tuple[torch.Tensor, ...], path: Path, names: tuple[str, ...]) -> Path:
     """Export with ``torch.onnx.export`` and its defaults: the baseline that users have today."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         torch.onnx.export(module, arguments, path, dynamo=True, input_names=list(names), verbose=False)
     return path
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Send the exporter's warnings to the log instead of the terminal.
-
-    The garbage collector rests meanwhile: the exporter makes millions of small objects that all stay alive, and looking
-    through them again and again is a sixth of its time.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
+    """Send what the exporter warns and logs to our log instead of the terminal, where torch's own handlers write."""
+    noisy = [
+        logging.getLogger(name) for name in ("torch", *logging.root.manager.loggerDict) if name.startswith("torch")
+    ]
+    kept = [(logger, logger.handlers[:], logger.propagate) for logger in noisy]
+    for logger in noisy:
+        logger.handlers, logger.propagate = [logging.NullHandler()], True
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
+        for warning in caught:
+            log.debug("%s: %s", warning.category.__name__, warning.message)
+    finally:
+        for logger, handlers, propagate in kept:
+            logger.handlers, logger.propagate = handlers, propagate
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Let the garbage collector rest.
+
+    The exporter makes millions of small objects that all stay alive, and looking through them again and again is a
+    sixth of its time.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    for warning in caught:
-        log.debug("%s: %s", warning.category.__name__, warning.message)
 
 
 def _capture(module: nn.Module, arguments: tuple[torch.Tensor, ...], request: TraceRequest) -> Any:

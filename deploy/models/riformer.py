@@ -303,7 +303,7 @@ SYSTEM = System(
         Target.ONNXRUNTIME: Form(
             name="folded, norm as two-pass means + BatchNormalization",
             reason="as fast on the CPU as the exporter's InstanceNormalization, whose logits are 20 to 40 times less "
-            "exact; GroupNormalization is expanded into ten nodes (benchmarks/riformer.py)",
+            "exact; GroupNormalization is expanded into ten nodes (benchmarks/norm_forms.py)",
         ),
         Target.TENSORRT: Form(
             name="folded, norm as GroupNormalization",

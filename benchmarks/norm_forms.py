@@ -1,0 +1,82 @@
+"""Two ONNX Runtime forms of RIFormer's norm: how exact, how fast.
+
+    python benchmarks/norm_forms.py --write
+
+S12 with random weights at 224 and 384 x 512, batch 1, one thread. Error: largest difference of the logits from float32
+PyTorch over the parity inputs, relative to the largest logit of the image. Time: interleaved, the other form's time
+over the shipped one's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import THREADS, arguments, on_the_road, race, write_results
+from torch import Tensor
+from torch.nn import functional
+
+from deploy.backends.base import BuildOptions
+from deploy.backends.onnxruntime import open_model
+from deploy.models import find_system, riformer
+from deploy.models.base import load_model
+from deploy.records import Target, to_json
+from deploy.resolve import parity_inputs, resolve_recipe
+
+
+def affine(norm: riformer.TwoPassNorm, x: Tensor) -> Tensor:
+    if not norm.affine:
+        return x
+    return functional.batch_norm(x, norm.zeros, norm.ones, norm.weight, norm.bias, eps=0.0)
+
+
+def instance_norm(norm: riformer.TwoPassNorm, x: Tensor) -> Tensor:
+    """What the exporter writes for GroupNorm at opset 20."""
+    channels, height, width = x.shape[1:]
+    flat = functional.instance_norm(x.reshape(-1, 1, channels * height * width), eps=riformer.EPS)
+    return affine(norm, flat.reshape(-1, channels, height, width))
+
+
+FORMS: dict[str, Callable[[riformer.TwoPassNorm, Tensor], Tensor]] = {
+    "two-pass means (shipped)": riformer.TwoPassNorm.forward,
+    "InstanceNormalization": instance_norm,
+}
+
+
+def measure_size(size: str, rounds: int, folder: Path) -> dict[str, object]:
+    system, recipe = find_system("riformer"), resolve_recipe("riformer", {"size": ("", size)})
+    loaded = load_model(system, recipe, Target.ONNXRUNTIME)
+    chunks = parity_inputs(system, recipe).chunks
+    graphs, errors = {}, {}
+    for name, forward in FORMS.items():
+        riformer.TwoPassNorm.forward = forward  # type: ignore[method-assign]
+        graphs[name] = on_the_road(loaded.deploy, loaded.inputs[0], 1, Target.ONNXRUNTIME, folder / f"{size}-{name}")
+        with open_model(graphs[name], BuildOptions(threads=THREADS, device="cpu")) as runner:
+            errors[name] = max(relative(runner.infer(c.feeds), loaded.run(c.feeds)) for c in chunks)
+        print(f"{size}: {name}: error {errors[name]:.1e}")
+    riformer.TwoPassNorm.forward = FORMS["two-pass means (shipped)"]  # type: ignore[method-assign]
+    record = race(graphs, np.asarray(chunks[0].feeds["images"]), rounds)
+    for ratio in record.ratios:
+        print(f"{size}: shipped form {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")
+    return {"error": errors, "ratios": to_json(record.ratios)}
+
+
+def relative(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:
+    return float(abs(got["logits"] - want["logits"]).max() / abs(want["logits"]).max())
+
+
+def main() -> None:
+    options = arguments(__doc__ or "").parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = {size: measure_size(size, options.rounds, Path(scratch)) for size in ("224", "384x512")}
+    if options.write:
+        command = f"python benchmarks/norm_forms.py --rounds {options.rounds} --write"
+        write_results("norm_forms", {"command": command, **measured})
+
+
+if __name__ == "__main__":
+    main()
