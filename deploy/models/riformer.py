@@ -143,8 +143,9 @@ class TwoPassNorm(nn.Module):
 
     ONNX Runtime expands GroupNormalization into ten nodes, and its InstanceNormalization of a flat map, the exporter's
     form, loses digits over the many values of an image: logits are off by 4e-5 of the largest at 224 x 224 and 2e-4 at
-    384 x 512, where this form stays at 2e-6 and 4e-6, for 5 % of the time at 224 and none at 384 x 512. The mean comes off
-    before squaring, so a large mean costs nothing. No shape appears in the graph, also with a dynamic batch.
+    384 x 512. This form stays at 2e-6 and 4e-6, for 5 % of the time at 224 and none at 384 x 512
+    (benchmarks/norm_forms.py). The mean comes off before squaring, so a large mean costs nothing. No shape appears in
+    the graph, also with a dynamic batch.
     """
 
     def __init__(self, gain: Tensor | None = None, shift: Tensor | None = None) -> None:
@@ -302,8 +303,8 @@ SYSTEM = System(
     forms={
         Target.ONNXRUNTIME: Form(
             name="folded, norm as two-pass means + BatchNormalization",
-            reason="20 to 40 times more exact logits than the exporter's InstanceNormalization, for 5 % of the time at 224 and "
-            "none at 384x512; GroupNormalization is expanded into ten nodes (benchmarks/norm_forms.py)",
+            reason="20 to 40 times more exact logits than the exporter's InstanceNormalization, for 5 % of the time at "
+            "224 and none at 384x512; GroupNormalization is expanded into ten nodes (benchmarks/norm_forms.py)",
         ),
         Target.TENSORRT: Form(
             name="folded, norm as GroupNormalization",
