@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 from onnx.defs import OpSchema
 
 from deploy.precision import policy
@@ -101,8 +101,3 @@ def _formal(formals: Sequence[OpSchema.FormalParameter], index: int) -> OpSchema
 def _takes(schema: OpSchema, variable: str, kind: str) -> bool:
     allowed = next((c.allowed_type_strs for c in schema.type_constraints if c.type_param_str == variable), (variable,))
     return kind in allowed
-
-
-def is_float(kind: int) -> bool:
-    """Whether an element type is one of the three that this stage knows."""
-    return kind in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)

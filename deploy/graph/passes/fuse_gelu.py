@@ -6,8 +6,8 @@ e = Add(Tanh(Mul(Add(x, Mul(x^3, 0.044715)), sqrt(2/pi))), 1)           approxim
 Mul(Mul(x, e), 0.5)  |  Mul(x, Mul(e, 0.5))  |  Mul(Mul(x, 0.5), e)  -> Gelu(x)
 ```
 
-ONNX Runtime fuses the order that the TorchScript exporter writes, not the one of torch.export: a whole RIFormer-S12 is
-20 % slower with the second. Below opset 20 there is no operator to fuse into.
+ONNX Runtime fuses the order that the TorchScript exporter writes, not the one of torch.export. Below
+opset 20 there is no operator to fuse into.
 """
 
 from __future__ import annotations
