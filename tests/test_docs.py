@@ -276,7 +276,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 
 def test_a_missing_path_is_found():
-    assert missing_paths("see `deploy/cli.py`, tests/models/, `deploy/models/<name>.py` and docs/*.md.") == []
+    assert missing_paths("see `deploy/cli/`, tests/models/, `deploy/models/<name>.py` and docs/*.md.") == []
     wrong = "`deploy/gone.py`, (tests/nothing/), docs/none.md and GONE.md"
     assert missing_paths(wrong) == ["deploy/gone.py", "tests/nothing/", "docs/none.md", "GONE.md"]
 

@@ -1,0 +1,7 @@
+"""The command line: thin commands, no logic. Nothing heavy is imported before a command runs."""
+
+from deploy.cli import export  # isort: skip - `--help` lists commands in the order of these imports
+from deploy.cli import bundles, catalogue  # isort: skip
+from deploy.cli.app import app, main
+
+__all__ = ["app", "bundles", "catalogue", "export", "main"]
