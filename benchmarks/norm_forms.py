@@ -1,4 +1,4 @@
-"""Two ONNX Runtime forms of RIFormer's norm: how exact, how fast.
+"""Three ONNX Runtime forms of RIFormer's norm: how exact, how fast.
 
     python benchmarks/norm_forms.py --write
 
@@ -26,23 +26,39 @@ from deploy.models.base import load_model
 from deploy.records import Target, to_json
 from deploy.resolve import parity_inputs, resolve_recipe
 
-
-def affine(norm: riformer.TwoPassNorm, x: Tensor) -> Tensor:
-    if not norm.affine:
-        return x
-    return functional.batch_norm(x, norm.zeros, norm.ones, norm.weight, norm.bias, eps=0.0)
+Forward = Callable[[riformer.SharedMoments, Tensor], tuple[Tensor, Tensor]]
+SHIPPED = "shared moments (shipped)"
 
 
-def instance_norm(norm: riformer.TwoPassNorm, x: Tensor) -> Tensor:
+def two_norms(standardise: Callable[[Tensor], Tensor]) -> Forward:
+    """Each norm by itself; gain and shift as a BatchNormalization with constant weights."""
+
+    def forward(norms: riformer.SharedMoments, x: Tensor) -> tuple[Tensor, Tensor]:
+        zeros, ones = torch.zeros_like(norms.weight), torch.ones_like(norms.weight)
+        x = x + functional.batch_norm(standardise(x), zeros, ones, norms.weight, norms.bias, eps=0.0)
+        return x, standardise(x)
+
+    return forward
+
+
+def instance_norm(x: Tensor) -> Tensor:
     """What the exporter writes for GroupNorm at opset 20."""
     channels, height, width = x.shape[1:]
     flat = functional.instance_norm(x.reshape(-1, 1, channels * height * width), eps=riformer.EPS)
-    return affine(norm, flat.reshape(-1, channels, height, width))
+    return flat.reshape(-1, channels, height, width)
 
 
-FORMS: dict[str, Callable[[riformer.TwoPassNorm, Tensor], Tensor]] = {
-    "two-pass means (shipped)": riformer.TwoPassNorm.forward,
-    "InstanceNormalization": instance_norm,
+def two_pass(x: Tensor) -> Tensor:
+    """Means of means; the mean comes off before squaring."""
+    centred = x - x.mean((2, 3), keepdim=True).mean(1, keepdim=True)
+    variance = (centred * centred).mean((2, 3), keepdim=True).mean(1, keepdim=True)
+    return centred * torch.rsqrt(variance + riformer.EPS)
+
+
+FORMS: dict[str, Forward] = {
+    SHIPPED: riformer.SharedMoments.forward,
+    "two-pass means": two_norms(two_pass),
+    "InstanceNormalization": two_norms(instance_norm),
 }
 
 
@@ -52,12 +68,12 @@ def measure_size(size: str, rounds: int, folder: Path) -> dict[str, object]:
     chunks = parity_inputs(system, recipe).chunks
     graphs, errors = {}, {}
     for name, forward in FORMS.items():
-        riformer.TwoPassNorm.forward = forward  # type: ignore[method-assign]
+        riformer.SharedMoments.forward = forward  # type: ignore[method-assign]
         graphs[name] = on_the_road(loaded.deploy, loaded.inputs[0], 1, Target.ONNXRUNTIME, folder / f"{size}-{name}")
         with open_model(graphs[name], BuildOptions(threads=THREADS, device="cpu")) as runner:
             errors[name] = max(relative(runner.infer(c.feeds), loaded.run(c.feeds)) for c in chunks)
         print(f"{size}: {name}: error {errors[name]:.1e}")
-    riformer.TwoPassNorm.forward = FORMS["two-pass means (shipped)"]  # type: ignore[method-assign]
+    riformer.SharedMoments.forward = FORMS[SHIPPED]  # type: ignore[method-assign]
     record = race(graphs, np.asarray(chunks[0].feeds["images"]), rounds)
     for ratio in record.ratios:
         print(f"{size}: shipped form {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")

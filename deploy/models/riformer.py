@@ -138,51 +138,84 @@ class RIFormer(nn.Module):
         return self.head(self.norm(self.features(images)).mean((2, 3)))
 
 
-class TwoPassNorm(nn.Module):
-    """GroupNorm with one group from means of means, and its affine part as a BatchNormalization.
+class SharedMoments(nn.Module):
+    """Both norms of a block from the moments of its input: one pass of statistics and two of the map.
 
-    ONNX Runtime expands GroupNormalization into ten nodes, and its InstanceNormalization of a flat map, the exporter's
-    form, loses digits over the many values of an image: logits are off by 4e-5 of the largest at 224 x 224 and 2e-4 at
-    384 x 512. This form stays at 2e-6 and 4e-6, for 5 % of the time at 224 and none at 384 x 512
-    (benchmarks/norm_forms.py). The mean comes off before squaring, so a large mean costs nothing. No shape appears in
-    the graph, also with a dynamic batch.
+    The first norm and the residual make a per-channel affine map of the input, so the second norm's mean and variance
+    follow from the channels' own. The mean comes off before squaring, and variances are only added: no digits are
+    lost, as ONNX Runtime's InstanceNormalization loses them (benchmarks/norm_forms.py). A BatchNormalization over
+    batch and channels together applies a gain and a shift per image in one pass.
     """
 
-    def __init__(self, gain: Tensor | None = None, shift: Tensor | None = None) -> None:
+    def __init__(self, gain: Tensor, shift: Tensor) -> None:
         super().__init__()
-        self.affine = gain is not None and shift is not None
-        if gain is not None and shift is not None:
-            self.weight, self.bias = _frozen(gain), _frozen(shift)
-            self.zeros, self.ones = nn.Buffer(torch.zeros_like(gain)), nn.Buffer(torch.ones_like(gain))
+        self.weight, self.bias = _frozen(gain), _frozen(shift)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [N,C,H,W]."""
-        centred = x - _mean(x)
-        x = centred * torch.rsqrt(_mean(centred * centred) + EPS)
-        if not self.affine:
-            return x
-        return functional.batch_norm(x, self.zeros, self.ones, self.weight, self.bias, eps=0.0)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x + norm(x)`` and its standardised form, [N,C,H,W] each."""
+        means, variances = channel_moments(x)
+        mean, rstd = image_moments(means, variances)
+        gain = 1 + self.weight * rstd
+        shift = gain * (means - mean) + (mean + self.bias)  # the channels' means after the residual
+        mean, rstd = image_moments(shift, gain * gain * variances)
+        return per_channel(x, means, gain, shift), per_channel(x, means, gain * rstd, (shift - mean) * rstd)
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Mean of an image [N,1,1,1]: over positions, then over channels, so that no sum is long."""
-    return x.mean((2, 3), keepdim=True).mean(1, keepdim=True)
+class FusedNorms(nn.Module):
+    """Both norms of a block as the one op that TensorRT has a kernel for."""
 
-
-class FusedNorm(nn.Module):
-    """GroupNorm with one group as the one op that TensorRT has a kernel for."""
-
-    def __init__(self, gain: Tensor | None = None, shift: Tensor | None = None) -> None:
+    def __init__(self, gain: Tensor, shift: Tensor) -> None:
         super().__init__()
-        self.weight = None if gain is None else _frozen(gain)
-        self.bias = None if shift is None else _frozen(shift)
+        self.weight, self.bias = _frozen(gain), _frozen(shift)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [N,C,H,W]."""
-        return functional.group_norm(x, 1, self.weight, self.bias, EPS)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x + norm(x)`` and its standardised form, [N,C,H,W] each."""
+        x = x + functional.group_norm(x, 1, self.weight, self.bias, EPS)
+        return x, functional.group_norm(x, 1, eps=EPS)
 
 
-NORMS = {Target.ONNXRUNTIME: TwoPassNorm, Target.TENSORRT: FusedNorm}
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [N,C] of each channel of [N,C,H,W]."""
+    means = x.mean((2, 3))
+    centred = x - means[:, :, None, None]
+    return means, (centred * centred).mean((2, 3))
+
+
+def image_moments(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation [N,1] of an image, from those of its channels [N,C]."""
+    mean = means.mean(1, keepdim=True)
+    off = means - mean
+    return mean, ((variances + off * off).mean(1, keepdim=True) + EPS).pow(-0.5)
+
+
+def per_channel(x: Tensor, means: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """``gain * (x - means) + shift`` on [N,C,H,W] with [N,C] each, in one op whatever the batch."""
+    _, channels, height, width = x.shape
+    flat = functional.batch_norm(
+        x.reshape(1, -1, height, width),
+        means.reshape(-1),
+        torch.ones_like(means).reshape(-1),
+        gain.reshape(-1),
+        shift.reshape(-1),
+        eps=0.0,
+    )
+    return flat.reshape(-1, channels, height, width)
+
+
+def pooled_moments(x: Tensor) -> Tensor:
+    """Mean over positions [N,C] of the standardised [N,C,H,W], which is never written."""
+    means, variances = channel_moments(x)
+    mean, rstd = image_moments(means, variances)
+    return (means - mean) * rstd
+
+
+def pooled_norm(x: Tensor) -> Tensor:
+    """Mean over positions [N,C] of the standardised [N,C,H,W]."""
+    return functional.group_norm(x, 1, eps=EPS).mean((2, 3))
+
+
+NORMS = {Target.ONNXRUNTIME: SharedMoments, Target.TENSORRT: FusedNorms}
+POOLS = {Target.ONNXRUNTIME: pooled_moments, Target.TENSORRT: pooled_norm}
 
 
 class DeployBlock(nn.Module):
@@ -191,14 +224,13 @@ class DeployBlock(nn.Module):
     def __init__(self, block: Block, target: Target) -> None:
         super().__init__()
         gain, shift = block.mixer_affine()
-        self.norm = NORMS[target](block.layer_scale_1 * gain, block.layer_scale_1 * shift)
-        self.standardise = NORMS[target]()
+        self.norms = NORMS[target](block.layer_scale_1 * gain, block.layer_scale_1 * shift)
         self.mlp = _folded_mlp(block)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block."""
-        x = x + self.norm(x)
-        return x + self.mlp(self.standardise(x))
+        x, standardised = self.norms(x)
+        return x + self.mlp(standardised)
 
 
 class DeployRIFormer(nn.Module):
@@ -210,7 +242,7 @@ class DeployRIFormer(nn.Module):
         self.stem = copy.deepcopy(model.stem)
         self.stages = nn.ModuleList(_deploy_stage(stage, target) for stage in stages)
         self.downsamples = copy.deepcopy(model.downsamples)
-        self.standardise = NORMS[target]()
+        self.pool = POOLS[target]
         self.head = nn.Linear(model.head.in_features, model.head.out_features)
         # The mean over positions commutes with the norm's per-channel gain and shift.
         self.head.weight = _frozen(model.head.weight * model.norm.weight)
@@ -221,7 +253,7 @@ class DeployRIFormer(nn.Module):
         x = self.stages[0](self.stem(images))
         for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
             x = stage(downsample(x))
-        return self.head(self.standardise(x).mean((2, 3)))
+        return self.head(self.pool(x))
 
 
 def _deploy_stage(stage: Stage, target: Target) -> Stage:
@@ -302,9 +334,9 @@ SYSTEM = System(
     to_deploy=to_deploy,
     forms={
         Target.ONNXRUNTIME: Form(
-            name="folded, norm as two-pass means + BatchNormalization",
-            reason="20 to 40 times more exact logits than the exporter's InstanceNormalization, for 5 % of the time at "
-            "224 and none at 384x512; GroupNormalization is expanded into ten nodes (benchmarks/norm_forms.py)",
+            name="folded, both norms of a block from shared channel moments + BatchNormalization",
+            reason="20 to 90 times more exact logits than the exporter's InstanceNormalization in the same time "
+            "(benchmarks/norm_forms.py)",
         ),
         Target.TENSORRT: Form(
             name="folded, norm as GroupNormalization",
