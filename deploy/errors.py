@@ -18,7 +18,8 @@ EffdeployError (1)
 ├── BenchmarkError (16)             a measurement that cannot be made or trusted
 ├── BundleError (17)                a bundle that is missing, changed or unreadable
 ├── ImageError (18)                 an image folder or file that cannot be used
-└── StorageError (19)               no space, no permission, a folder in the way
+├── StorageError (19)               no space, no permission, a folder in the way
+└── DownloadError (20)              weights that cannot be fetched, or that are not what was pinned
 ```
 
 Exit code 2 belongs to the command-line parser (usage), 130 to Ctrl-C. A code is never reused: scripts depend on it.
@@ -150,6 +151,12 @@ class StorageError(EffdeployError):
     """The file system refused: no space, no permission, or something in the way."""
 
     exit_code = 19
+
+
+class DownloadError(EffdeployError):
+    """Weights that a server or the Hub did not give, or gave otherwise than pinned."""
+
+    exit_code = 20
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
