@@ -12,11 +12,12 @@ from deploy import units
 from deploy.artifacts import artifacts_of, open_artifact, read_manifest
 from deploy.backends import load_backend
 from deploy.bench import BenchCandidate, measure
-from deploy.candidates import bench_candidates, parity_candidates
+from deploy.candidates import batch_candidates, bench_candidates, parity_candidates
 from deploy.console import Console
 from deploy.errors import BenchmarkError, BundleError, CheckpointError, ParityError
 from deploy.models import find_system
 from deploy.models.base import Loaded, load_model
+from deploy.parity.batch import check_batches, with_batches
 from deploy.parity.compare import check_parity
 from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
 from deploy.records import Artifact, BenchRecord, RunRecord
@@ -29,7 +30,9 @@ LATENCY_COLUMNS = ("candidate", "batch", "threads", "p50", "p90", "p95", "p99", 
 def verify_bundle(
     bundle: Path, console: Console, *, weights: Path | None = None, images: Path | None = None
 ) -> RunRecord:
-    """Hold a bundle's files against its manifest and everything that runs here against PyTorch, again.
+    """Hold a bundle's files against its manifest, everything that runs here against PyTorch, and rows apart.
+
+    The batch suite of ``deploy.parity.batch`` runs on every stage file and engine; an export checks what ships only.
 
     Returns:
         The bundle's record with the new parity; the bundle itself is not touched.
@@ -58,6 +61,11 @@ def verify_bundle(
         inputs = parity_inputs(loaded.system, recipe)
         parity = check_parity(loaded.run, candidates, inputs, tolerances(recipe), task=loaded.system.task)
         step.note(parity.verdict)
+    with console.step("batch") as step:
+        files_and_engines = batch_candidates(candidates, every=True)
+        batches = check_batches(files_and_engines, inputs, recipe.batch, tolerances(recipe), task=loaded.system.task)
+        step.note(batches.verdict)
+    parity = with_batches(parity, batches)
     # Nothing was timed here: the export's latencies are in the bundle's own report.
     verified = dataclasses.replace(run, parity=parity, ok=parity.ok, verdict=parity.verdict, bench=None)
     console.summary(verified, bundle)

@@ -35,6 +35,9 @@ from deploy.records import Artifact, EngineRecord, Precision
 from deploy.trace import bare_export
 
 
+DEPLOY_FORM, ENGINE = "deploy form", "engine"  # names of stages
+
+
 class TorchRunner:
     """A PyTorch module behind the Runner protocol."""
 
@@ -89,7 +92,7 @@ def parity_candidates(
         engines: Built engines; those that cannot run here are left out.
     """
     outputs = loaded.system.outputs
-    found = [Candidate(stage="deploy form", precision=Precision.FP32, open=lambda: TorchRunner(loaded.deploy, outputs))]
+    found = [Candidate(stage=DEPLOY_FORM, precision=Precision.FP32, open=lambda: TorchRunner(loaded.deploy, outputs))]
     options = build_options(recipe)
     on_cpu = dataclasses.replace(options, device="cpu")
     ran = {engine.artifact.name for engine in engines if engine.runnable}
@@ -114,9 +117,20 @@ def parity_candidates(
     return found
 
 
+def batch_candidates(candidates: Sequence[Candidate], *, every: bool) -> list[Candidate]:
+    """Choose what the batch suite checks: every stage file and engine, or only what ships.
+
+    What ships are the engines that run here, or the last stage file where none does. PyTorch's forms are never
+    checked: they define the function.
+    """
+    files = [candidate for candidate in candidates if candidate.stage != DEPLOY_FORM]
+    engines = [candidate for candidate in files if candidate.stage.startswith(ENGINE)]
+    return files if every else engines or files[-1:]
+
+
 def engine_name(engine: EngineRecord, engines: Sequence[EngineRecord]) -> str:
     """Name an engine in tables: "engine", or "engine sm89" among several."""
-    return "engine" if len(engines) == 1 else f"engine {engine.device}"
+    return ENGINE if len(engines) == 1 else f"{ENGINE} {engine.device}"
 
 
 def _emulated(path: Path, options: BuildOptions) -> Runner:

@@ -188,6 +188,8 @@ class Console:
             )
         else:
             self._fact("parity", summary.why_missing(run, "parity"))
+        if rows := summary.batch_rows(run):
+            self._write_table("rows of a batch, largest difference by check", summary.BATCH_COLUMNS, rows)
         if rows := summary.latency_rows(run):
             self._write_table("latency", ("candidate", "batch", "p50", "speed-up over baseline"), rows)
         else:

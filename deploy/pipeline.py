@@ -28,12 +28,13 @@ from deploy.artifacts import (
 from deploy.backends import load_backend
 from deploy.backends.base import Backend, Feeds
 from deploy.bench import measure
-from deploy.candidates import bench_candidates, build_options, parity_candidates
+from deploy.candidates import batch_candidates, bench_candidates, build_options, parity_candidates
 from deploy.console import Console, Mode
 from deploy.errors import BackendUnavailableError, BundleError, ParityError, RecipeError, StorageError
 from deploy.graph.pipeline import run_passes
 from deploy.models import find_system
 from deploy.models.base import Loaded, System, load_model, measure_drift
+from deploy.parity.batch import check_batches, with_batches
 from deploy.parity.compare import check_parity
 from deploy.parity.inputs import InputPack
 from deploy.precision.convert import convert_precision
@@ -229,9 +230,12 @@ class _Road:
         return self.backend.build(model, self.folder, build_options(self.recipe))
 
     def prove(self, loaded: Loaded, engines: Sequence[EngineRecord]) -> ParityRecord:
-        """Compare every stage with PyTorch."""
+        """Compare every stage with PyTorch, and the rows of a batch of what ships with each other."""
         candidates = parity_candidates(loaded, self.recipe, self.folder, self.stages, engines)
-        return check_parity(loaded.run, candidates, self.pack(), tolerances(self.recipe), task=self.system.task)
+        limits, task = tolerances(self.recipe), self.system.task
+        parity = check_parity(loaded.run, candidates, self.pack(), limits, task=task)
+        shipped = batch_candidates(candidates, every=False)
+        return with_batches(parity, check_batches(shipped, self.pack(), self.recipe.batch, limits, task=task))
 
     def environment(self) -> Environment:
         """Describe the machine that measured: with a reused latency, the earlier bundle's."""

@@ -302,6 +302,36 @@ class Comparison:
 
 
 @record
+class BatchCheck:
+    """One check of the batch suite on one stage at one batch size: its worst output and row.
+
+    ``error`` is a share of the largest output (a count of elements for integers), infinite where a value is lost.
+    """
+
+    stage: str
+    check: str  # "runs", "alone", "permuted", "duplicated", "neighbour", "repeated"
+    batch: int
+    output: str
+    row: int
+    error: float
+    limit: float
+    ok: bool
+    detail: str = ""  # "row 3 is NaN", or why the stage does not run at this size
+
+
+@record
+class BatchRecord:
+    """Whether rows of a batch leave each other alone, stage by stage, at each of ``sizes``."""
+
+    ok: bool
+    verdict: str
+    checks: tuple[BatchCheck, ...]
+    sizes: tuple[int, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@record
 class ParityRecord:
     """The verdict on every stage. ``ok`` is the verdict of the run."""
 
@@ -312,6 +342,7 @@ class ParityRecord:
     inputs: Mapping[str, int]  # input group ("noise", "natural", "extremes", "photos") -> images
     notes: tuple[str, ...]
     seconds: float
+    batches: BatchRecord | None = None  # the batch suite; None in bundles that were made before there was one
 
 
 @record

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from deploy import units
 
 if TYPE_CHECKING:
-    from deploy.records import BenchRecord, Comparison, EngineRecord, Latency, Ratio, RunRecord
+    from deploy.records import BatchCheck, BenchRecord, Comparison, EngineRecord, Latency, Ratio, RunRecord
 
 PASSED, FAILED, INCOMPLETE = "PASSED", "FAILED", "INCOMPLETE"
 PASSED_UNRUN = "PASSED, ENGINE NOT RUN"
@@ -115,6 +115,39 @@ def parity_rows(run: RunRecord) -> list[tuple[str, ...]]:
     ]
 
 
+BATCH_COLUMNS = ("stage", "batch sizes", "alone", "permuted", "duplicated", "neighbour", "repeated", "verdict")
+
+
+def batch_rows(run: RunRecord) -> list[tuple[str, ...]]:
+    """Return a row per stage of the batch suite: its sizes, the largest error of each check, the verdict."""
+    checks = run.parity.batches.checks if run.parity and run.parity.batches else ()
+    rows = []
+    for stage in dict.fromkeys(c.stage for c in checks):
+        mine = [c for c in checks if c.stage == stage]
+        errors = {name: [c.error for c in mine if c.check == name] for name in BATCH_COLUMNS[2:-1]}
+        failed = next((c for c in mine if not c.ok), None)
+        rows.append(
+            (
+                stage,
+                ", ".join(str(size) for size in dict.fromkeys(c.batch for c in mine)),
+                *(units.number(max(found)) if found else "-" for found in errors.values()),
+                "pass" if failed is None else f"FAIL: {batch_failure(failed)}",
+            )
+        )
+    return rows
+
+
+def batch_failure(check: BatchCheck) -> str:
+    """Say what a failed check of the batch suite found: the check, the size, the row and by how much."""
+    if not check.output:
+        return f"does not run at batch {check.batch}: {check.detail}"
+    detail = f" where {check.detail}" if check.detail else ""
+    return (
+        f"{check.check} at batch {check.batch}{detail}: row {check.row} of output {check.output!r} is off by "
+        f"{units.number(check.error)} (limit {units.number(check.limit)})"
+    )
+
+
 def top1(comparison: Comparison) -> str:
     """Return the share of images with the same best class and its near ties: ``"87.5 % (1 near tie)"``."""
     if comparison.top1 is None:
@@ -155,5 +188,6 @@ def warnings_of(run: RunRecord) -> tuple[str, ...]:
     found = [f"{engine_name(e)} was built but not run: {reason_not_runnable(e)}" for e in run.engines if not e.runnable]
     found += run.precision.warnings if run.precision else ()
     found += run.parity.notes if run.parity else ()
+    found += run.parity.batches.notes if run.parity and run.parity.batches else ()
     found += run.bench.warnings if run.bench else ()
     return tuple(dict.fromkeys(found))

@@ -19,8 +19,8 @@ def verify(
     quiet: Quiet = False,
     log: Log = None,
 ) -> None:
-    """Check a bundle's files against its manifest, and its engine against PyTorch again."""
-    with session(as_json, quiet, log, steps=3) as console:
+    """Check a bundle's files against its manifest, its engine against PyTorch again, and batches row by row."""
+    with session(as_json, quiet, log, steps=4) as console:
         from deploy.bundles import verify_bundle
 
         verify_bundle(bundle, console, weights=weights, images=images)

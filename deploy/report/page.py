@@ -43,9 +43,11 @@ def run_page(run: RunRecord) -> Page:
 
 
 def failures_of(run: RunRecord) -> tuple[str, ...]:
-    """Return what failed in the parity check, stage by stage, and in the precision audit."""
+    """Return what failed in the parity check, stage by stage, in the batch suite, and in the precision audit."""
     comparisons = run.parity.comparisons if run.parity else ()
     broken = [f"{c.stage}, {c.output}: {'; '.join(c.failures)}" for c in comparisons if not c.passed]
+    batches = run.parity.batches.checks if run.parity and run.parity.batches else ()
+    broken += [f"{c.stage}: {summary.batch_failure(c)}" for c in batches if not c.ok]
     return (*broken, *(f"{name}: {text}" for name, text, ok in summary.precision_ran(run) if not ok))
 
 

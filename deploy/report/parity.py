@@ -21,6 +21,7 @@ def parity(run: RunRecord) -> Section:
         _tolerance_table(record),
         Details(summary="Error by kind of input", blocks=(_per_input_table(record),)),
     ]
+    blocks += _batch_blocks(run)
     if record.notes:
         blocks.append(Listing(items=record.notes, tone=QUIET))
     return Section(slug="parity", title=title, blocks=tuple(blocks))
@@ -119,6 +120,42 @@ def _per_input_table(record: ParityRecord) -> Table:
             cells(_stage(record, c), *(units.number(c.per_input.get(g)) for g in groups)) for c in record.comparisons
         ),
     )
+
+
+def _batch_blocks(run: RunRecord) -> list[Block]:
+    """Show what the batch suite found: a row per stage, and every check folded away."""
+    record = run.parity.batches if run.parity else None
+    if record is None:
+        return []
+    columns = summary.BATCH_COLUMNS
+    table = Table(
+        title="Rows of a batch: largest difference by check, of the largest output",
+        columns=columns,
+        numeric=frozenset(columns[2:-1]),
+        rows=tuple(
+            cells(*row[:-1], words.verdict(row[-1] == "pass", row[-1].removeprefix("FAIL: ")))
+            for row in summary.batch_rows(run)
+        ),
+    )
+    every = ("stage", "check", "batch", "detail", "output", "row", "difference", "limit", "verdict")
+    details = Table(
+        title="Every check at every size, with its worst row",
+        columns=every,
+        numeric=frozenset(("batch", "row", "difference", "limit")),
+        rows=tuple(
+            cells(
+                c.stage, c.check, str(c.batch), c.detail or "-", c.output or "-", str(c.row), units.number(c.error),
+                units.number(c.limit), words.verdict(c.ok, "pass" if c.ok else c.check),
+            )
+            for c in record.checks
+        ),
+    )  # fmt: skip
+    tone = GOOD if record.ok else BAD
+    return [
+        Text(text=record.verdict, tone=tone),
+        table,
+        Details(summary=f"{len(record.checks)} batch checks", blocks=(details,)),
+    ]
 
 
 def _limit(value: float | None, unit: str = "") -> str:
