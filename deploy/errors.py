@@ -19,7 +19,8 @@ EffdeployError (1)
 ├── BundleError (17)                a bundle that is missing, changed or unreadable
 ├── ImageError (18)                 an image folder or file that cannot be used
 ├── StorageError (19)               no space, no permission, a folder in the way
-└── DownloadError (20)              weights that cannot be fetched, or that are not what was pinned
+├── DownloadError (20)              weights that cannot be fetched, or that are not what was pinned
+└── GateError (21)                  a --fail-if gate of diff fired
 ```
 
 Exit code 2 belongs to the command-line parser (usage), 130 to Ctrl-C. A code is never reused: scripts depend on it.
@@ -157,6 +158,12 @@ class DownloadError(EffdeployError):
     """Weights that a server or the Hub did not give, or gave otherwise than pinned."""
 
     exit_code = 20
+
+
+class GateError(EffdeployError):
+    """A gate that the user set with --fail-if fired."""
+
+    exit_code = 21
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
