@@ -1,8 +1,69 @@
-"""effdeploy: efficient vision models from a PyTorch checkpoint to an engine that is proven right and measured."""
+"""effdeploy: efficient vision models from a PyTorch checkpoint to an engine that is proven right and measured.
+
+    import deploy
+
+    run = deploy.export("riformer", precision="fp16")
+    print(run.verdict)
+
+Every name is imported when it is first used, so that ``import deploy`` costs nothing.
+"""
+
+from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deploy.api import benchmark as benchmark
+    from deploy.api import convert as convert
+    from deploy.api import export as export
+    from deploy.api import plan as plan
+    from deploy.api import render as render
+    from deploy.api import systems as systems
+    from deploy.api import verify as verify
+    from deploy.console import Console as Console
+    from deploy.console import Mode as Mode
+    from deploy.errors import EffdeployError as EffdeployError
+    from deploy.records import BenchRecord as BenchRecord
+    from deploy.records import ConversionRecord as ConversionRecord
+    from deploy.records import ParityRecord as ParityRecord
+    from deploy.records import PlanRecord as PlanRecord
+    from deploy.records import Precision as Precision
+    from deploy.records import RunRecord as RunRecord
+    from deploy.records import Stage as Stage
+    from deploy.records import SystemRecord as SystemRecord
+    from deploy.records import Target as Target
 
 # ONNX Runtime 1.31 opens a telemetry client when it is imported, unless told not to before.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
+
+# Where each public name lives. No function has the name of a submodule: importing that would take its place.
+_HOMES = {
+    "deploy.api": ("benchmark", "convert", "export", "plan", "render", "systems", "verify"),
+    "deploy.console": ("Console", "Mode"),
+    "deploy.errors": ("EffdeployError",),
+    "deploy.records": (
+        "BenchRecord", "ConversionRecord", "ParityRecord", "PlanRecord", "Precision", "RunRecord", "Stage",
+        "SystemRecord", "Target",
+    ),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

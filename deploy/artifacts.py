@@ -97,7 +97,7 @@ def run_folder(final: Path) -> Iterator[Path]:
     Raises:
         StorageError: something that is not a bundle is in the way, or the disk refuses.
     """
-    _require_free(final)
+    require_free(final)
     with storage_errors(f"cannot write beside {final}"):
         final.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
@@ -113,7 +113,7 @@ def publish(scratch: Path, final: Path) -> None:
     Raises:
         StorageError: something that is not a bundle is in the way.
     """
-    _require_free(final)
+    require_free(final)
     with storage_errors(f"cannot publish {final}"):
         scratch.chmod(0o755)  # mkdtemp makes it private
         if not final.exists():
@@ -130,7 +130,12 @@ def publish(scratch: Path, final: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _require_free(final: Path) -> None:
+def require_free(final: Path) -> None:
+    """Refuse a place where something lies that is not a bundle.
+
+    Raises:
+        StorageError: so.
+    """
     with storage_errors(f"cannot look at {final}"):
         taken = final.exists() and not (final / MANIFEST).is_file()
     if taken:

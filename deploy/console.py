@@ -156,6 +156,21 @@ class Console:
             self._write(self._err, f"hint: {hint}", "strong")
         self._write(self._err, f"exit code {code} ({type(error).__name__})", "quiet")
 
+    def usage(self, message: str) -> None:
+        """Tell programs about wrong usage; people are told by the command-line parser."""
+        self._event("error", type="UsageError", message=message, hint="effdeploy COMMAND --help", exit_code=2)
+
+    def interrupted(self) -> None:
+        """Say that Ctrl-C ended the command."""
+        message = "interrupted; no bundle was written; the same command goes on after the last finished stage"
+        self._event("error", type="KeyboardInterrupt", message=message, hint="", exit_code=130)
+        self._write(self._err, f"warning: {message}", "warn")
+
+    def defect(self, error: Exception) -> None:
+        """Tell programs about an error that nobody foresaw; people get its traceback."""
+        hint = "this is a defect of effdeploy; the traceback is on stderr"
+        self._event("error", type=type(error).__name__, message=str(error), hint=hint, exit_code=1)
+
     def result(self, record: Any) -> None:
         """Give a record to programs; people get theirs from ``summary`` or ``table``."""
         from deploy.records import to_json

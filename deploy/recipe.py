@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,9 +29,10 @@ from deploy.errors import EffdeployError, RecipeError, SizeError, did_you_mean
 from deploy.records import Batch, Precision, Preprocess, Target, Tolerance
 
 Keys = tuple[str, ...]
+SCHEMA = "recipe.schema.json"
 
 
-def _parse_size(value: Any) -> tuple[int, int]:
+def parse_size(value: Any) -> tuple[int, int]:
     """Read 224, "224", "384x512" (height x width) or [384, 512]."""
     parts = [str(v) for v in value] if isinstance(value, (list, tuple)) else str(value).lower().split("x")
     if len(parts) not in (1, 2) or not all(re.fullmatch(r"[1-9][0-9]{0,4}", p) for p in parts):
@@ -50,7 +51,7 @@ def _parse_batch(value: Any) -> Batch:
 
 Size = Annotated[
     tuple[int, int],
-    BeforeValidator(_parse_size, json_schema_input_type=int | str),
+    BeforeValidator(parse_size, json_schema_input_type=int | str),
     PlainSerializer(lambda s: f"{s[0]}x{s[1]}", return_type=str),
 ]
 BatchField = Annotated[
@@ -184,6 +185,28 @@ class Recipe(_Section):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Mistake:
+    """One mistake in a recipe: its key, what is wrong, the error that it is when it comes alone, where it stands."""
+
+    keys: Keys
+    text: str
+    kind: type[EffdeployError] = RecipeError
+    place: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {'.'.join(self.keys)}: {self.text}"
+
+    def order(self) -> tuple[bool, str, int]:
+        """Sort by file and line; options of the command line come last."""
+        file, _, line = self.place.rpartition(":")
+        return (False, file, int(line)) if file and line.isdigit() else (True, "", 0)
+
+
+# What only the rooms above know of merged settings (systems, backends); ``place`` is filled in here.
+Check = Callable[[Mapping[str, Any]], Iterable[Mistake]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
     """One source of settings. ``places`` says where each key was written, for error messages."""
 
@@ -218,6 +241,10 @@ def configs_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "export_configs"
 
 
+def _examples() -> str:
+    return f"examples: {_shown(configs_folder())}"
+
+
 def read_yaml(path: Path) -> Layer:
     """Read a recipe file and remember the line of every key.
 
@@ -231,9 +258,9 @@ def read_yaml(path: Path) -> Layer:
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}", hint="effdeploy list shows the shipped recipes") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}", hint="see export_configs/ for examples") from error
+        raise RecipeError(f"{path} is not valid YAML: {error}", hint=_examples()) from error
     if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
-        raise RecipeError(f"{path}: got {type(data).__name__}, expected keys and values", hint="see export_configs/")
+        raise RecipeError(f"{path}: got {type(data).__name__}, expected keys and values", hint=_examples())
     places: dict[Keys, str] = {}
     duplicates: list[str] = []
     _collect_places(root, (), path.name, places, duplicates)
@@ -319,26 +346,38 @@ def layer_of_options(options: Mapping[str, Any]) -> Layer:
     return Layer(name="command line", data=data, places=places)
 
 
-def resolve(layers: Sequence[Layer]) -> Recipe:
+def resolve(layers: Sequence[Layer], check: Check = lambda merged: ()) -> Recipe:
     """Merge the layers, lowest precedence first, and validate the result.
 
+    Args:
+        layers: Where settings come from.
+        check: Finds what is wrong besides types and ranges; called with the merged settings.
+
     Raises:
-        RecipeError: lists every mistake with its place; also those in variants that were not chosen.
-        SizeError: the only mistakes are in ``size``.
+        RecipeError: lists every mistake with its place, by file and line; also those in variants that were not chosen.
+        EffdeployError: of one kind, such as SizeError or UnknownNameError, where all mistakes are of that kind.
     """
     variant = next((layer.data["variant"] for layer in reversed(layers) if "variant" in layer.data), None)
-    mistakes: dict[str, Keys] = {}
-    recipe = _validate(_with_variant(layers, str(variant)), mistakes)
+    mistakes: dict[str, Mistake] = {}
+    recipe = _validate(_with_variant(layers, str(variant)), mistakes, check)
     for layer in layers:
         for other in layer.variants:
             if other != variant:
-                _validate([*layers, layer.variants[other]], mistakes)
+                _validate([*layers, layer.variants[other]], mistakes, check)
     if mistakes or recipe is None:
-        listing = "\n".join(f"  {m}" for m in mistakes)
-        kind: type[EffdeployError] = SizeError if {k[:1] for k in mistakes.values()} == {("size",)} else RecipeError
+        listing = "\n".join(f"  {m}" for m in sorted(mistakes.values(), key=Mistake.order))
+        kinds = {mistake.kind for mistake in mistakes.values()}
         count = f"{len(mistakes)} mistake{'s' if len(mistakes) != 1 else ''}"
-        raise kind(f"{count} in the recipe:\n{listing}", hint="keys and types: export_configs/recipe.schema.json")
+        raise (kinds.pop() if len(kinds) == 1 else RecipeError)(
+            f"{count} in the recipe:\n{listing}", hint=f"keys and types: {_shown(configs_folder() / SCHEMA)}"
+        )
     return recipe
+
+
+def _shown(path: Path) -> str:
+    """Write a path as short as it can be copied from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _with_variant(layers: Sequence[Layer], variant: str) -> list[Layer]:
@@ -350,17 +389,22 @@ def _with_variant(layers: Sequence[Layer], variant: str) -> list[Layer]:
     return chosen
 
 
-def _validate(layers: Sequence[Layer], mistakes: dict[str, Keys]) -> Recipe | None:
+def _validate(layers: Sequence[Layer], mistakes: dict[str, Mistake], check: Check) -> Recipe | None:
     merged: dict[str, Any] = {}
     for layer in layers:
         _merge(merged, layer.data)
+    found: list[Mistake] = []
+    recipe = None
     try:
-        return Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(merged)
     except ValidationError as error:
-        for problem in error.errors():
-            keys = tuple(str(k) for k in problem["loc"])
-            mistakes.setdefault(_sentence(keys, problem, layers), keys)
-        return None
+        found = [_mistake(tuple(str(k) for k in problem["loc"]), problem) for problem in error.errors()]
+    refused = {mistake.keys for mistake in found}
+    found += [mistake for mistake in check(merged) if mistake.keys not in refused]
+    for mistake in found:
+        placed = replace(mistake, place=_place(mistake.keys, layers))
+        mistakes.setdefault(str(placed), placed)
+    return None if found else recipe
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
@@ -373,8 +417,9 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
             base[key] = value
 
 
-def _sentence(keys: Keys, problem: Mapping[str, Any], layers: Sequence[Layer]) -> str:
-    place = next(
+def _place(keys: Keys, layers: Sequence[Layer]) -> str:
+    """Say where a key, or the nearest one around it, was written last."""
+    return next(
         (
             layer.places[keys[:depth]]
             for depth in range(len(keys), 0, -1)
@@ -383,11 +428,24 @@ def _sentence(keys: Keys, problem: Mapping[str, Any], layers: Sequence[Layer]) -
         ),
         "recipe",
     )
+
+
+def _mistake(keys: Keys, problem: Mapping[str, Any]) -> Mistake:
     if problem["type"] == "extra_forbidden":
-        return f"{place}: {'.'.join(keys)}: no such key; {did_you_mean(keys[-1], _known_keys(keys[:-1]))}"
+        return Mistake(keys=keys, text=f"no such key; {did_you_mean(keys[-1], _known_keys(keys[:-1]))}")
     text = str(problem["msg"]).removeprefix("Value error, ")
     got = "" if text.startswith("got ") or problem["type"] == "missing" else f" (got {problem['input']!r})"
-    return f"{place}: {'.'.join(keys)}: {text}{got}"
+    return Mistake(keys=keys, text=f"{text}{got}", kind=SizeError if keys[:1] == ("size",) else RecipeError)
+
+
+def dotted_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """List what ``--set`` takes, as it is typed: ``size``, ``engine.backend``, ..."""
+    names: list[str] = []
+    for name, about in section.model_fields.items():
+        kind = about.annotation
+        inner = isinstance(kind, type) and issubclass(kind, BaseModel)
+        names += dotted_keys(kind, f"{prefix}{name}.") if inner else [prefix + name]  # type: ignore[arg-type]
+    return names
 
 
 def _known_keys(path: Keys) -> list[str]:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deploy.backends import BACKENDS
 from deploy.backends.base import Feeds
 from deploy.bench import BenchOptions
-from deploy.errors import RecipeError, UnknownNameError, did_you_mean
+from deploy.errors import RecipeError, SizeError, UnknownNameError, did_you_mean
 from deploy.models import find_system
-from deploy.models.base import System
+from deploy.models.base import System, check_size
 from deploy.parity.inputs import InputPack, pack
 from deploy.preprocess import find_images
-from deploy.recipe import Layer, Recipe, configs_folder, layer_of_assignments, layer_of_options, read_yaml, resolve
+from deploy.recipe import (
+    Layer,
+    Mistake,
+    Recipe,
+    configs_folder,
+    layer_of_assignments,
+    layer_of_options,
+    parse_size,
+    read_yaml,
+    resolve,
+)
 from deploy.records import Stage, Tolerance
 
 
@@ -39,7 +52,26 @@ def resolve_recipe(
     for name in (variant, *(name for layer in layers for name in layer.variants)):
         if name not in system.variants:
             raise UnknownNameError(f"{system.name} has no variant {name!r}", hint=did_you_mean(name, system.variants))
-    return resolve(layers)
+    return resolve(layers, partial(_mistakes, system))
+
+
+def _mistakes(system: System, merged: Mapping[str, Any]) -> Iterator[Mistake]:
+    """Find what only systems and backends know: unknown backends and options, sizes that the stride does not divide."""
+    backend = merged.get("engine", {}).get("backend") if isinstance(merged.get("engine"), Mapping) else None
+    if isinstance(backend, str) and backend not in BACKENDS:
+        text = f"unknown backend {backend!r}; {did_you_mean(backend, BACKENDS)}"
+        yield Mistake(keys=("engine", "backend"), text=text, kind=UnknownNameError)
+    with contextlib.suppress(ValueError):  # a size that is none was found by its type
+        try:
+            check_size(system, parse_size(merged.get("size")))
+        except SizeError as error:
+            text = f"{error.message.removeprefix('size: ')}; {error.hint}"
+            yield Mistake(keys=("size",), text=text, kind=SizeError)
+    options, variant = merged.get("options"), merged.get("variant")
+    known = system.variants[str(variant)].options if variant in system.variants else {}
+    for name in sorted(set(options) - set(known)) if known and isinstance(options, Mapping) else ():
+        text = f"{system.name} has no such option; {did_you_mean(str(name), known)}"
+        yield Mistake(keys=("options", str(name)), text=text)
 
 
 def stages_between(first: str | None, last: str | None) -> tuple[Stage, Stage]:

@@ -9,7 +9,6 @@ from deploy.cli.app import Json, Quiet, app, session
 def list_systems(as_json: Json = False, quiet: Quiet = False) -> None:
     """Show the systems, their variants, parameters, multiply-adds and inputs."""
     with session(as_json, quiet, None) as console:
-        from deploy.catalogue import catalogue
+        from deploy.api import systems
 
-        for title, columns, rows in catalogue():
-            console.table(title, columns, rows)
+        systems(console=console)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from deploy.errors import CheckpointError, RecipeError, SizeError, TraceError, UnknownNameError, did_you_mean
-from deploy.models.checkpoint import Checkpoint, WeightMap, fit_checkpoint, read_checkpoint
+from deploy.models.checkpoint import Checkpoint, State, WeightMap, fit_checkpoint, read_checkpoint
 from deploy.models.weights import random_state
 from deploy.recipe import Recipe
 from deploy.records import Drift, ModelRecord, Target, TensorSpec, WeightsSource
@@ -62,6 +62,8 @@ class System:
             dtype of the model.
         forms: Which export form each target takes, and why.
         recipe: Defaults below the YAML.
+        relayouts: (layout, layout) to a function that takes a state dict of the first to one of the second, in our
+            keys and any dtype, without changing its input; a direction that cannot be is left out.
         stride: Image sides must be multiples of this.
         inputs: Graph inputs with symbolic axes ``batch``, ``height``, ``width``.
         outputs: Graph output names.
@@ -76,6 +78,7 @@ class System:
     to_deploy: Callable[[nn.Module, Target], nn.Module]
     forms: Mapping[Target, Form]
     recipe: Mapping[str, Any]
+    relayouts: Mapping[tuple[str, str], Callable[[State], State]] = field(default_factory=dict)
     stride: int = 1
     inputs: tuple[TensorSpec, ...] = (
         TensorSpec(name="images", dtype="float32", shape=("batch", 3, "height", "width")),
@@ -259,7 +262,7 @@ def _with_weights(system: System, recipe: Recipe, options: Options) -> tuple[nn.
         checkpoint,
         system.weight_maps,
         lambda layout: empty_state(system, options, recipe.size, layout),
-        lambda: _fitting_variant(system, recipe, checkpoint.tensors),
+        lambda: fitting_variant(system, recipe, checkpoint.tensors),
     )
     model = build_uninitialised(system, options, recipe.size, fitted.layout)
     model.load_state_dict(fitted.state, strict=True, assign=True)
@@ -306,7 +309,7 @@ def empty_state(system: System, options: Options, size: Size, layout: str) -> di
         return system.build(options, size, layout).state_dict()
 
 
-def _fitting_variant(system: System, recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> str:
+def fitting_variant(system: System, recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> str:
     """Name another variant that the checkpoint would fit, for the error's hint; empty when there is none."""
     checkpoint = Checkpoint(tensors=dict(tensors), sha256="", wrapping="")
     for name, variant in system.variants.items():

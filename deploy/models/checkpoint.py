@@ -40,11 +40,14 @@ class WeightMap:
         name: What the report calls it.
         layout: Passed to ``System.build``: which module the keys belong to.
         rename: Checkpoint key to model key; a key it does not know is returned unchanged.
+        inverse: Model key to checkpoint key, so that ``rename(inverse(key)) == key``; ``None``: the layout is read,
+            never written by ``effdeploy convert``.
     """
 
     name: str
     layout: str
     rename: Callable[[str], str]
+    inverse: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deploy.models.base import Form, System, Variant
-from deploy.models.checkpoint import WeightMap
+from deploy.models.checkpoint import State, WeightMap
 from deploy.records import Target
 
 EPS = 1e-5
@@ -308,6 +308,29 @@ def from_openmmlab(key: str) -> str:
     return key.replace("patch_embed.proj.", "stem.").replace("norm6.", "norm.").replace("head.fc.", "head.")
 
 
+def to_openmmlab(key: str) -> str:
+    """Map our key to the official release's: the inverse of ``from_openmmlab``."""
+    if match := re.match(r"^stages\.(\d+)\.blocks\.(.+)$", key):
+        return f"backbone.network.{2 * int(match[1])}.{match[2]}"
+    if match := re.match(r"^downsamples\.(\d+)\.(.+)$", key):
+        return f"backbone.network.{2 * int(match[1]) + 1}.proj.{match[2]}"
+    for ours, theirs in (("stem.", "backbone.patch_embed.proj."), ("norm.", "backbone.norm6."), ("head.", "head.fc.")):
+        if key.startswith(ours):
+            return theirs + key.removeprefix(ours)
+    return key
+
+
+def fold_mixers(state: State) -> State:
+    """Take a training-form state dict to the official deploy form: norm1 and the mixer become ``norm_reparam``."""
+    folded = {key: value for key, value in state.items() if ".norm1." not in key and ".token_mixer." not in key}
+    for block in [key.removesuffix(".norm1.weight") for key in state if key.endswith(".norm1.weight")]:
+        scale = state[f"{block}.token_mixer.affine.weight"].flatten() - 1
+        shift = state[f"{block}.token_mixer.affine.bias"]
+        folded[f"{block}.norm_reparam.weight"] = state[f"{block}.norm1.weight"] * scale
+        folded[f"{block}.norm_reparam.bias"] = state[f"{block}.norm1.bias"] * scale + shift
+    return folded
+
+
 def _variant(depths: list[int], widths: list[int], summary: str) -> Variant:
     return Variant(options={"depths": depths, "widths": widths, "mlp_ratio": 4}, summary=summary)
 
@@ -328,9 +351,10 @@ SYSTEM = System(
     },
     build=build,
     weight_maps=(
-        WeightMap(name="OpenMMLab training form", layout="training", rename=from_openmmlab),
-        WeightMap(name="OpenMMLab deploy form", layout="reparameterised", rename=from_openmmlab),
+        WeightMap(name="OpenMMLab training form", layout="training", rename=from_openmmlab, inverse=to_openmmlab),
+        WeightMap(name="OpenMMLab deploy form", layout="reparameterised", rename=from_openmmlab, inverse=to_openmmlab),
     ),
+    relayouts={("training", "reparameterised"): fold_mixers},
     to_deploy=to_deploy,
     forms={
         Target.ONNXRUNTIME: Form(

@@ -1,0 +1,360 @@
+"""The Python API: a function for every command, with the command's options as keywords.
+
+``import deploy`` gives all of them (``deploy.export``, ``deploy.verify``, ...). They return the frozen records of
+``deploy.records``, raise the errors of ``deploy.errors``, and write nothing to the terminal unless they are given a
+console: ``deploy.export("riformer", console=deploy.Console())``.
+
+A keyword is the option's name with underscores; where that is a word of Python, an underscore follows (``from_``,
+``set_``). Heavy libraries are imported when a function is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deploy.console import Console
+    from deploy.recipe import Recipe
+    from deploy.records import BenchRecord, ConversionRecord, PlanRecord, RunRecord, Stage, SystemRecord
+
+PathLike = str | Path
+Names = str | Sequence[str]
+Size = int | str | tuple[int, int]
+Assignments = Mapping[str, Any] | Sequence[str]
+
+
+def export(
+    system: PathLike,
+    *,
+    variant: str | None = None,
+    weights: PathLike | None = None,
+    size: Size | None = None,
+    batch: int | str | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+    target: str | None = None,
+    sm: str | Sequence[int] | None = None,
+    device: str | None = None,
+    out: PathLike | None = None,
+    images: PathLike | None = None,
+    baseline: Names | None = None,
+    seconds: float | None = None,
+    threads: int | None = None,
+    set_: Assignments = (),
+    until: str | None = None,
+    from_: str | None = None,
+    reuse: bool = True,
+    verify_each: bool = False,
+    console: Console | None = None,
+) -> RunRecord:
+    """Take a model from its checkpoint to a bundle: engine, parity, latency, report.
+
+    Args:
+        system: A system (see ``systems``) or a recipe file (``*.yaml``).
+        variant: Which size of it, e.g. ``"s12"``.
+        weights: A checkpoint file, ``"random"``, or ``"random:SEED"``.
+        size: ``224``, ``"384x512"`` or ``(384, 512)``: height, then width.
+        batch: ``4``, or ``"1:8:32"``: smallest, tuned for, largest.
+        precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``; the command line has a flag for each.
+        backend: ``"onnxruntime"``, ``"tensorrt_rtx"`` or ``"tensorrt"``.
+        target: Lower the graph for ``"onnxruntime"`` or ``"tensorrt"``.
+        sm: Ahead-of-time targets, e.g. ``(80, 89)`` or ``"80,89"``.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        out: Bundle folder; default ``engines/<name>``.
+        images: Folder of real photos, added to the deterministic inputs.
+        baseline: Any of ``"eager"``, ``"compile"``, ``"naive"``; a sequence, or one text with commas.
+        seconds: Measure at least this long per candidate.
+        threads: CPU threads of every candidate while measuring.
+        set_: Any recipe key: ``{"bench.rounds": 50}``, or ``["bench.rounds=50"]``.
+        until: Stop after this stage.
+        from_: Make this stage and the later ones again, even where an earlier run made the same.
+        reuse: False: make every stage again.
+        verify_each: Compare outputs around every graph pass.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        The run: the bundle's ``manifest.json``.
+
+    Raises:
+        RecipeError: An option or the recipe file is wrong; lists every mistake.
+        UnknownNameError: No such system, variant, backend or stage.
+        ParityError: Outputs are out of tolerance; the bundle beside ``out`` holds the evidence.
+        EffdeployError: Any other stage failed; nothing is left behind.
+    """
+    from deploy.pipeline import run
+
+    recipe = _recipe(
+        system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
+        target=target, sm=sm, device=device, images=images, baseline=baseline, seconds=seconds, threads=threads,
+        set_=set_, verify_each=verify_each,
+    )  # fmt: skip
+    first, last, folder = _road(recipe, from_, until, out)
+    console = _quiet(console)
+    console.steps = last.order + 1
+    return run(recipe, folder, until=last, start=first, reuse=reuse, console=console)
+
+
+def plan(
+    system: PathLike,
+    *,
+    variant: str | None = None,
+    weights: PathLike | None = None,
+    size: Size | None = None,
+    batch: int | str | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+    target: str | None = None,
+    sm: str | Sequence[int] | None = None,
+    device: str | None = None,
+    out: PathLike | None = None,
+    images: PathLike | None = None,
+    baseline: Names | None = None,
+    seconds: float | None = None,
+    threads: int | None = None,
+    set_: Assignments = (),
+    until: str | None = None,
+    from_: str | None = None,
+    reuse: bool = True,
+    verify_each: bool = False,
+    console: Console | None = None,
+) -> PlanRecord:
+    """Check everything that an export checks before its work, and say what it would do: ``effdeploy export --dry-run``.
+
+    Args:
+        system, variant, weights, size, batch, precision, backend, target, sm, device, out, images, baseline, seconds,
+        threads, set_, until, from_, reuse, verify_each, console: As for ``export``.
+
+    Returns:
+        Stages, files with estimated sizes, seconds where earlier runs on this machine measured them, space.
+
+    Raises:
+        EffdeployError: Whatever the export itself would raise for this input before its first stage.
+    """
+    from deploy.planning import plan_export, show
+
+    recipe = _recipe(
+        system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
+        target=target, sm=sm, device=device, images=images, baseline=baseline, seconds=seconds, threads=threads,
+        set_=set_, verify_each=verify_each,
+    )  # fmt: skip
+    first, last, folder = _road(recipe, from_, until, out)
+    console = _quiet(console)
+    planned = plan_export(recipe, folder, until=last, start=first, reuse=reuse, console=console)
+    show(planned, console)
+    return planned
+
+
+def convert(
+    checkpoint: PathLike,
+    out: PathLike,
+    *,
+    system: PathLike,
+    variant: str | None = None,
+    to: str | None = None,
+    set_: Assignments = (),
+    force: bool = False,
+    console: Console | None = None,
+) -> ConversionRecord:
+    """Write a checkpoint as a plain one in another layout, read it back, and compare the outputs.
+
+    Args:
+        checkpoint: A file in any layout and wrapping that loads.
+        out: The file to write: ``.safetensors``, ``.pth`` or ``.pt``; float32.
+        system: A system (see ``systems``) or a recipe file (``*.yaml``).
+        variant: Which size of it, e.g. ``"s12"``.
+        to: Layout to write; the checkpoint's own when left out. A wrong name is answered with the layouts there are.
+        set_: Any recipe key: ``{"classes": 10}``, or ``["classes=10"]``.
+        force: Replace ``out`` if it exists.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        Both layouts, the file's hash and size, and how far the outputs are apart.
+
+    Raises:
+        UnknownNameError: No such system, variant or layout.
+        CheckpointError: The checkpoint does not fit, or cannot be taken to that layout.
+        StorageError: ``out`` exists, or cannot be written.
+    """
+    from deploy.models import find_system
+    from deploy.models.conversion import convert_checkpoint
+    from deploy.resolve import resolve_recipe
+
+    recipe = resolve_recipe(str(system), {"variant": ("--variant", variant)}, _assignments(set_))
+    console = _quiet(console)
+    with console.step("convert") as step:
+        record = convert_checkpoint(find_system(recipe.system), recipe, Path(checkpoint), Path(out), to=to, force=force)
+        step.note(f"{record.tensors} tensors, {record.source_layout} -> {record.layout}")
+    console.line(f"outputs     max relative difference {record.max_relative:.2g}, after reading the file back")
+    console.line(f"wrote       {out}")
+    console.result(record)
+    return record
+
+
+def verify(
+    bundle: PathLike, *, weights: PathLike | None = None, images: PathLike | None = None, console: Console | None = None
+) -> RunRecord:
+    """Check a bundle's files against its manifest, and its engine against PyTorch again.
+
+    Args:
+        bundle: Bundle folder.
+        weights: The checkpoint, when the bundle was made from a file that lies elsewhere now.
+        images: Folder of real photos, added to the deterministic inputs.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        The bundle's record with the new parity; the bundle itself is not touched.
+
+    Raises:
+        BundleError: A file is missing or was changed, or there is no engine.
+        CheckpointError: The weights are not those that the bundle was made from.
+        ParityError: Outputs are out of tolerance.
+    """
+    from deploy.bundles import verify_bundle
+
+    return verify_bundle(Path(bundle), _quiet(console), weights=_path(weights), images=_path(images))
+
+
+def benchmark(
+    bundles: PathLike | Sequence[PathLike],
+    *,
+    baseline: Names | None = None,
+    weights: PathLike | None = None,
+    seconds: float | None = None,
+    threads: int | None = None,
+    console: Console | None = None,
+) -> BenchRecord:
+    """Time the engines of bundles against each other, interleaved, and against baselines: ``effdeploy bench``.
+
+    Args:
+        bundles: One bundle folder or several.
+        baseline: Any of ``"eager"``, ``"compile"``, ``"naive"``; a sequence, or one text with commas.
+        weights: The checkpoint that the baselines need.
+        seconds: Measure at least this long per candidate.
+        threads: CPU threads of every candidate while measuring.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        Latencies in milliseconds and the ratios between candidates.
+
+    Raises:
+        BenchmarkError: No engine of the bundles can run here, or a bundle was named twice.
+        BundleError: A folder is no bundle, or was changed.
+    """
+    from deploy.bundles import bench_bundles
+
+    return bench_bundles(
+        _paths(bundles), _quiet(console), baselines=_listed(baseline) or (), weights=_path(weights),
+        seconds=seconds, threads=threads,
+    )  # fmt: skip
+
+
+def render(
+    bundles: PathLike | Sequence[PathLike], *, out: PathLike | None = None, console: Console | None = None
+) -> tuple[Path, ...]:
+    """Write report.html and report.md again, from manifests alone: ``effdeploy report``.
+
+    Args:
+        bundles: One bundle folder, or several for a comparison.
+        out: Folder to write to; default: the bundle, or the current folder for several.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        BundleError: A folder is no bundle.
+        StorageError: The folder cannot be written to.
+    """
+    from deploy.records import FilesRecord
+    from deploy.report import render_bundles
+
+    console = _quiet(console)
+    files = render_bundles(_paths(bundles), _path(out))
+    for path in files:
+        console.line(f"wrote {path}")
+    console.result(FilesRecord(files=tuple(str(path) for path in files)))
+    return files
+
+
+def systems(*, console: Console | None = None) -> tuple[SystemRecord, ...]:
+    """Show the systems, their variants, parameters, multiply-adds and inputs: ``effdeploy list``.
+
+    Args:
+        console: Where the tables go; nowhere when left out.
+
+    Returns:
+        A record per system, with one per variant; the figures are computed from the models themselves.
+
+    Raises:
+        RecipeError: A shipped recipe cannot be read.
+    """
+    from deploy.catalogue import catalogue, show
+
+    found = catalogue()
+    show(found, _quiet(console))
+    return found
+
+
+def _recipe(
+    system: PathLike, *, variant: str | None, weights: PathLike | None, size: Size | None, batch: int | str | None,
+    precision: str | None, backend: str | None, target: str | None, sm: str | Sequence[int] | None,
+    device: str | None, images: PathLike | None, baseline: Names | None, seconds: float | None, threads: int | None,
+    set_: Assignments, verify_each: bool,
+) -> Recipe:  # fmt: skip
+    from deploy.reuse import resolve_once
+
+    options = {
+        "variant": ("--variant", variant),
+        "weights": ("--weights", None if weights is None else str(weights)),
+        "size": ("--size", size),
+        "batch": ("--batch", batch),
+        "precision": (f"--{precision}", precision),
+        "target": ("--target", target),
+        "engine.backend": ("--backend", backend),
+        "engine.sm": ("--sm", _listed(sm)),
+        "engine.device": ("--device", device),
+        "parity.images": ("--images", images),
+        "bench.baselines": ("--baseline", _listed(baseline)),
+        "bench.seconds": ("--seconds", seconds),
+        "bench.threads": ("--threads", threads),
+        "passes.verify_each": ("--verify-each", verify_each or None),
+    }
+    return resolve_once(str(system), options, _assignments(set_))
+
+
+def _road(
+    recipe: Recipe, from_: str | None, until: str | None, out: PathLike | None
+) -> tuple[Stage | None, Stage, Path]:
+    """Return the stage to make again from, the last stage, and the bundle folder."""
+    from deploy.resolve import default_name, stages_between
+
+    first, last = stages_between(from_, until)
+    return first if from_ else None, last, Path(out) if out else Path("engines") / default_name(recipe)
+
+
+def _quiet(console: Console | None) -> Console:
+    from deploy.console import Console, Mode
+
+    return console or Console(Mode.SILENT)
+
+
+def _assignments(given: Assignments) -> Sequence[str]:
+    """Write a mapping as ``KEY=VALUE`` texts; JSON is YAML."""
+    import json
+
+    return [f"{key}={json.dumps(value)}" for key, value in given.items()] if isinstance(given, Mapping) else given
+
+
+def _listed(value: Any) -> tuple[Any, ...] | None:
+    """Read ``"a,b"`` or a sequence; ``None`` and nothing stay ``None``."""
+    return tuple(value.split(",") if isinstance(value, str) else value) if value else None
+
+
+def _path(value: PathLike | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _paths(value: PathLike | Sequence[PathLike]) -> list[Path]:
+    return [Path(value)] if isinstance(value, (str, Path)) else [Path(path) for path in value]
