@@ -9,23 +9,40 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deploy.errors import BundleError, StorageError
 from deploy.records import SCHEMA_VERSION, Artifact, Environment, RunRecord, Stage, from_json, to_json
+
+if sys.platform != "win32":
+    import fcntl
 
 MANIFEST = "manifest.json"
 TRACED, PATCHED = "10-traced.onnx", "20-patched.onnx"
 
 # Packages whose version can change a graph, an engine or a number.
 _FINGERPRINT = (
-    "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "onnx-graphsurgeon", "polygraphy", "numpy",
-    "tensorrt", "tensorrt-rtx",
+    "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "onnx-graphsurgeon", "polygraphy",
+    "numpy", "pillow", "safetensors", "tensorrt", "tensorrt-rtx",
 )  # fmt: skip
+
+_FULL = {
+    errno.ENOSPC: "free some space, or choose another folder with --out",
+    errno.EDQUOT: "the quota is used up; free some space, or choose another folder with --out",
+    errno.EFBIG: "a limit on the size of files is in the way (ulimit -f)",
+    errno.EROFS: "the file system is read-only; choose another folder with --out",
+}
+_REFUSALS = {
+    **_FULL,
+    errno.EACCES: "choose a folder that you may write to with --out",
+    errno.EPERM: "choose a folder that you may write to with --out",
+}
 
 
 def sha256_of(path: Path) -> str:
@@ -61,6 +78,14 @@ def open_artifact(artifact: Artifact, folder: Path) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Return where effdeploy keeps what it can make again: ``EFFDEPLOY_CACHE``, or a folder in the user's cache."""
+    if given := os.environ.get("EFFDEPLOY_CACHE"):
+        return Path(given)
+    variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
+    return Path(os.environ.get(variable) or Path.home() / ".cache") / "effdeploy"
+
+
 def artifacts_of(run: RunRecord, before: Stage = Stage.REPORT) -> list[Artifact]:
     """List the files of a run's stages, those of ``before`` and later left out; a file of two stages comes once."""
     stages = (
@@ -79,36 +104,104 @@ def storage_errors(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hints = {
-            errno.ENOSPC: "free some space, or choose another folder with --out",
-            errno.EACCES: "choose a folder that you may write to with --out",
-            errno.EROFS: "the file system is read-only; choose another folder with --out",
-        }
-        hint = hints.get(error.errno or 0, "choose another folder with --out")
-        raise StorageError(f"{action}: {error.strerror or error}", hint=hint) from error
+        raise _storage_error(action, error) from error
+
+
+@contextlib.contextmanager
+def refused_writes(action: str) -> Iterator[None]:
+    """Find a full or read-only disk behind whatever a library made of it; other errors pass."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise _storage_error(action, error) from error
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno in _FULL):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise _storage_error(action, cause) from error
+
+
+def _storage_error(action: str, error: OSError) -> StorageError:
+    hint = _REFUSALS.get(error.errno or 0, "choose another folder with --out")
+    return StorageError(f"{action}: {error.strerror or error}", hint=hint)
 
 
 @contextlib.contextmanager
 def run_folder(final: Path) -> Iterator[Path]:
     """Give a scratch folder beside ``final``; the caller publishes it, and it is gone otherwise.
 
-    It lies on the same file system, so that ``publish`` is a rename.
+    It lies on the same file system, so that ``publish`` is a rename. Meanwhile no other run writes to ``final``. What
+    a killed run left is cleared away first, and a bundle that it had moved aside is put back.
 
     Raises:
-        StorageError: something that is not a bundle is in the way, or the disk refuses.
+        StorageError: something that is not a bundle is in the way, another run is writing it, or the disk refuses.
     """
-    require_free(final)
     with storage_errors(f"cannot write beside {final}"):
         final.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+    with _alone(final):
+        with storage_errors(f"cannot write beside {final}"):
+            _clear_leftovers(final)
+            _clear_leftovers(final.with_name(final.name + ".failed"))
+        require_free(final)
+        with storage_errors(f"cannot write beside {final}"):
+            scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(final: Path) -> Iterator[None]:
+    """Hold the bundle's lock; the system frees it when the process ends, however it ends."""
+    if sys.platform == "win32":
+        yield
+        return
+    path = final.with_name(f".{final.name}.lock")
+    with storage_errors(f"cannot lock {final}"):
+        stream = _locked(path, final)
     try:
-        yield scratch
+        yield
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held: who has it open already sees below that it is not the file any more
+        stream.close()
+
+
+def _locked(path: Path, final: Path) -> IO[str]:
+    while True:
+        stream = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            other = stream.read().strip() or "unknown"
+            stream.close()
+            raise StorageError(
+                f"another run is writing {final} (process {other})",
+                hint="wait until it has ended, or choose another folder with --out",
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            held, named = os.fstat(stream.fileno()), path.stat()
+            if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
+                stream.truncate(0)
+                stream.write(str(os.getpid()))
+                stream.flush()
+                return stream
+        stream.close()  # the run that held it has just removed the file: take the one that is there now
 
 
 def publish(scratch: Path, final: Path) -> None:
-    """Rename a finished run folder to its final name; an earlier bundle there is replaced in one step.
+    """Rename a finished run folder to its final name; an earlier bundle there is replaced, and never lost.
+
+    A run that is killed between the two renames leaves the earlier bundle in a hidden folder; the next ``run_folder``
+    puts it back.
 
     Raises:
         StorageError: something that is not a bundle is in the way.
@@ -120,14 +213,25 @@ def publish(scratch: Path, final: Path) -> None:
             scratch.rename(final)
             return
         old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old-", dir=final.parent))
-        final.rename(old / "bundle")
         try:
+            final.rename(old / "bundle")
             scratch.rename(final)
-        except OSError:
-            (old / "bundle").rename(final)
-            raise
         finally:
-            shutil.rmtree(old, ignore_errors=True)
+            _restore(old, final)
+
+
+def _restore(old: Path, final: Path) -> None:
+    """Put a bundle that was moved aside back to its place, unless another one lies there by now."""
+    if not final.exists() and (old / "bundle" / MANIFEST).is_file():
+        (old / "bundle").rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_leftovers(final: Path) -> None:
+    """Clear away what killed runs left; with the lock held, every hidden folder of this bundle is of a dead one."""
+    pattern = re.compile(re.escape(f".{final.name}.") + r"(partial|old)-[a-z0-9_]{8}")  # as mkdtemp names them
+    for path in [p for p in final.parent.iterdir() if pattern.fullmatch(p.name)]:
+        _restore(path, final)
 
 
 def require_free(final: Path) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import math
-import os
-import shutil
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploy import __version__
 from deploy.artifacts import (
@@ -21,58 +18,37 @@ from deploy.artifacts import (
     open_artifact,
     publish,
     read_manifest,
+    refused_writes,
     run_folder,
     storage_errors,
     write_manifest,
 )
 from deploy.backends import load_backend
-from deploy.backends.base import Backend, Feeds
-from deploy.bench import measure
-from deploy.candidates import batch_candidates, bench_candidates, build_options, parity_candidates
+from deploy.backends.base import Backend
 from deploy.console import Console, Mode
-from deploy.errors import BackendUnavailableError, BundleError, ParityError, RecipeError, StorageError
-from deploy.graph.pipeline import run_passes
-from deploy.models import find_system
-from deploy.models.base import Loaded, System, load_model, measure_drift
-from deploy.parity.batch import check_batches, with_batches
-from deploy.parity.compare import check_parity
-from deploy.parity.inputs import InputPack
-from deploy.precision.convert import convert_precision
+from deploy.errors import BackendUnavailableError, BundleError, ParityError, StorageError
 from deploy.preprocess import find_images
-from deploy.recipe import Recipe, layer_of_data, resolve
+from deploy.recipe import Recipe
 from deploy.records import (
     SCHEMA_VERSION,
-    Artifact,
     BenchRecord,
-    EngineRecord,
-    Environment,
     ModelRecord,
     ParityRecord,
     PassesRecord,
-    Precision,
     PrecisionRecord,
     RunRecord,
     Stage,
-    Target,
+    StageOrigin,
     TraceRecord,
 )
 from deploy.report import render
-from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
-from deploy.trace import TraceRequest, choose_opset, onnx_from_torch
+from deploy.reuse import Reuse, now, show
+
+if TYPE_CHECKING:
+    from deploy.stages import Work
 
 T = TypeVar("T")
 RECIPE_FILE = "recipe.yaml"
-_RANGE_IMAGES = 2  # enough to see an FP16 overflow coming, cheap enough to be on the road
-
-# What each stage consumes of the recipe; a stage may be taken from an earlier bundle only when none of it changed.
-CONSUMES: Mapping[Stage, tuple[str, ...]] = {
-    Stage.TRACE: ("system", "variant", "size", "batch", "classes", "options", "trace"),
-    Stage.PASSES: ("passes",),
-    Stage.PRECISION: ("precision", "typing", "parity", "preprocess"),  # the range check runs on parity inputs
-    Stage.ENGINE: ("engine",),
-    Stage.PARITY: ("parity", "preprocess"),
-    Stage.LATENCY: ("bench",),
-}
 
 
 def run(
@@ -80,7 +56,8 @@ def run(
     out: Path,
     *,
     until: Stage = Stage.REPORT,
-    start: Stage = Stage.MODEL,
+    start: Stage | None = None,
+    reuse: bool = True,
     console: Console | None = None,
 ) -> RunRecord:
     """Take a recipe to a bundle at ``out``; the folder appears whole or not at all.
@@ -89,186 +66,108 @@ def run(
         recipe: What to do.
         out: Bundle folder. A run whose parity fails appears beside it as ``<out>.failed`` and leaves ``out`` alone.
         until: Last stage to run.
-        start: First stage to run; earlier ones are taken from the bundle at ``out``.
+        start: Stages from here on are made again even where an earlier run made the same; ``None``: none are.
+        reuse: False: every stage is made again.
         console: Where progress goes; nowhere when left out.
 
     Raises:
         ParityError: outputs are out of tolerance; the failed bundle holds the evidence.
-        StorageError: ``out`` holds a bundle that went further than ``until``, or something else.
-        EffdeployError: any other stage failed; nothing is left behind.
+        StorageError: ``out`` holds a bundle that went further than ``until``, or something else; another run is
+            writing it; or the disk refuses.
+        EffdeployError: any other stage failed; nothing that looks finished is left behind.
     """
     begin = time.perf_counter()
-    _refuse_to_shorten(out, until)
     with run_folder(out) as folder:
-        road = _Road(recipe=recipe, folder=folder, until=until, start=start, console=console or Console(Mode.SILENT))
-        road.continue_from(out)
-        loaded = road.load()
-        traced = road.step(Stage.TRACE, lambda: road.trace(loaded), lambda old: old.trace)
-        patched = road.step(Stage.PASSES, lambda: road.patch(traced), lambda old: old.passes)
-        typed = road.step(Stage.PRECISION, lambda: road.type(patched), lambda old: old.precision)
-        engines = road.step(Stage.ENGINE, lambda: road.build(typed), lambda old: old.engines) or ()
-        parity = road.step(Stage.PARITY, lambda: road.prove(loaded, engines), lambda old: old.parity)
-        latency = road.step(Stage.LATENCY, lambda: road.time(loaded, engines), lambda old: old.bench)
+        refuse_to_shorten(out, until)
+        road = _Road.begin(recipe, folder, until, console or Console(Mode.SILENT))
+        road.reuse.start = start or Stage.REPORT if reuse else Stage.MODEL
+        road.look_at(out)
+        model = road.step(Stage.MODEL, lambda work: work.load())
+        traced = road.step(Stage.TRACE, lambda work: work.trace())
+        patched = road.step(Stage.PASSES, lambda work: work.patch(_needed(traced)))
+        typed = road.step(Stage.PRECISION, lambda work: work.type(_needed(patched)))
+        engines = road.step(Stage.ENGINE, lambda work: work.build(_needed(typed))) or ()
+        proof = road.step(
+            Stage.PARITY, lambda work: work.prove(_needed(traced), _needed(patched), _needed(typed), engines)
+        )
+        latency = road.step(Stage.LATENCY, lambda work: work.time(engines))
+        parity, drift = proof or (None, None)
         ok, verdict = _verdict(parity, until)
         record = RunRecord(
-            schema_version=SCHEMA_VERSION, effdeploy=__version__, name=out.name, created=_now(), until=until, ok=ok,
-            verdict=verdict, recipe=recipe.to_data(), environment=road.environment(), model=road.described(loaded),
-            trace=traced, passes=patched, precision=typed, engines=engines, parity=parity, bench=latency,
-            stage_seconds={**road.seconds, "total": time.perf_counter() - begin},
+            schema_version=SCHEMA_VERSION, effdeploy=__version__, name=out.name, created=now(), until=until, ok=ok,
+            verdict=verdict, recipe=recipe.to_data(), environment=environment(),
+            model=dataclasses.replace(_needed(model), drift=drift), trace=traced, passes=patched, precision=typed,
+            engines=engines, parity=parity, bench=latency, origins=road.origins(),
+            stage_seconds={**road.seconds(), "total": time.perf_counter() - begin},
         )  # fmt: skip
         return road.finish(record, out)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class _Road:
-    """The state of one run: where it writes, what it reuses, how long each stage took."""
+    """The state of one run: where it writes, and what it takes from earlier runs."""
 
     recipe: Recipe
     folder: Path
     until: Stage
-    start: Stage
     console: Console
-    system: System = field(init=False)
-    backend: Backend = field(init=False)
-    target: Target = field(init=False)
-    inputs: InputPack | None = None
-    stages: dict[str, Artifact] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    old: RunRecord | None = None
+    backend: Backend
+    reuse: Reuse
 
-    def __post_init__(self) -> None:
-        self.system = find_system(self.recipe.system)
-        self.backend = load_backend(self.recipe.engine.backend)
-        self.target = self.recipe.target or self.backend.target
-        if self.recipe.parity.images and self.until.order >= Stage.PARITY.order:
-            find_images(self.recipe.parity.images, 1)  # a wrong folder shall not cost a whole export
-        if self.until.order >= Stage.ENGINE.order and (reason := self.backend.available()):
-            raise BackendUnavailableError(f"backend {self.backend.name}: {reason}", hint="or --backend onnxruntime")
+    @classmethod
+    def begin(cls, recipe: Recipe, folder: Path, until: Stage, console: Console) -> _Road:
+        """Check what is asked before any work."""
+        backend = load_backend(recipe.engine.backend)
+        check_request(recipe, until, backend)
+        reuse = Reuse(recipe=recipe, target=recipe.target or backend.target, folder=folder)
+        return cls(recipe=recipe, folder=folder, until=until, console=console, backend=backend, reuse=reuse)
 
-    def continue_from(self, bundle: Path) -> None:
-        """Link the files of the stages that are not run again, after checking that they are what they were."""
-        if self.start.order <= Stage.TRACE.order:
+    @functools.cached_property
+    def work(self) -> Work:
+        """The stages' own work; imports PyTorch."""
+        from deploy.stages import Work
+
+        return Work(
+            recipe=self.recipe, backend=self.backend, target=self.reuse.target, folder=self.folder, until=self.until,
+            console=self.console, model=self.reuse.records.get(Stage.MODEL),
+        )  # fmt: skip
+
+    def look_at(self, bundle: Path) -> None:
+        """Say which files of the bundle that is there were changed since; none of them is used."""
+        if not (bundle / MANIFEST).is_file():
             return
-        self.old = read_manifest(bundle)
-        _check_reusable(self.old, self.recipe, self.start)
-        for artifact in artifacts_of(self.old, before=self.start):
-            source = open_artifact(artifact, bundle)
-            with storage_errors(f"cannot copy {artifact.name}"):
-                shutil.copy2(source, self.folder / artifact.name)
+        for artifact in artifacts_of(read_manifest(bundle)):
+            try:
+                open_artifact(artifact, bundle)
+            except BundleError as error:
+                self.console.warn(f"{error.message}; this run puts a whole one in its place")
 
-    def step(self, stage: Stage, make: Callable[[], T], reuse: Callable[[RunRecord], T | None]) -> T | None:
-        """Run a stage, take it from the earlier bundle, or leave it out."""
+    def step(self, stage: Stage, make: Callable[[Work], T]) -> T | None:
+        """Take a stage from an earlier run, or make it and keep it for the next one, or leave it out."""
         if stage.order > self.until.order:
             return None
-        if self.old is not None and stage.order < self.start.order:
-            skipped = stage is Stage.LATENCY and self.old.until.order >= stage.order  # no engine could be timed
-            if (record := reuse(self.old)) is None and skipped:
-                return None
-            if record is None:
-                raise BundleError(f"the earlier bundle has no stage {stage.value}", hint=f"--from {stage.value}")
-            self.note_artifact(stage, record)
-            return record
-        begin = time.perf_counter()
-        with self.console.step(stage.value) as shown:
-            record = make()
+        with self.console.step(stage.value) as shown, refused_writes(f"stage {stage.value}: cannot write"):
+            record: T
+            record, origin, warning = self.reuse.take(stage)
+            if not origin.reused:
+                record = make(self.work)
+                origin = dataclasses.replace(origin, seconds=shown.seconds)
+                warning = self.reuse.keep(stage, record, origin) or warning
             shown.note(_note(record))
-        self.note_artifact(stage, record)
-        self.seconds[stage.value] = time.perf_counter() - begin
+            if origin.reused:
+                shown.note(f"reused, {'measured' if stage is Stage.LATENCY else 'made'} {origin.made}")
+            self.reuse.note(stage, record, origin)
+        if warning:
+            self.console.warn(warning)
         return record
 
-    def note_artifact(self, stage: Stage, record: Any) -> None:
-        """Remember the ONNX file that a stage left, for parity."""
-        names = {Stage.TRACE: "traced", Stage.PASSES: "patched", Stage.PRECISION: self.recipe.precision.value}
-        if stage in names and record.artifact not in self.stages.values():
-            self.stages[names[stage]] = record.artifact
+    def origins(self) -> dict[str, StageOrigin]:
+        """Return where the result of each stage comes from."""
+        return {stage.value: origin for stage, origin in self.reuse.origins.items()}
 
-    def load(self) -> Loaded:
-        """Load the reference and its deploy form; every run needs them."""
-        begin = time.perf_counter()
-        with self.console.step(Stage.MODEL.value) as shown:
-            loaded = load_model(self.system, self.recipe, self.target)
-            shown.note(loaded.record.weights.statement)
-        if self.old and self.old.model.weights != loaded.record.weights:
-            raise RecipeError(
-                f"--from {self.start.value}: the bundle has other weights ({self.old.model.weights.statement})",
-                hint="export from the start",
-            )
-        self.seconds[Stage.MODEL.value] = time.perf_counter() - begin
-        return loaded
-
-    def trace(self, loaded: Loaded) -> TraceRecord:
-        """Export the deploy form."""
-        section = self.recipe.trace
-        request = TraceRequest(
-            inputs=loaded.inputs,
-            outputs=loaded.system.outputs,
-            batch=self.recipe.batch,
-            opset=choose_opset(section.opset, self.target, section.attention_op),
-        )
-        return onnx_from_torch(loaded.deploy, request, self.folder)
-
-    def patch(self, traced: TraceRecord | None) -> PassesRecord:
-        """Run the target's graph passes."""
-        path = self.folder / _needed(traced).artifact.name
-        verify = dict(self.pack().chunks[0].feeds) if self.recipe.passes.verify_each else None
-        return run_passes(path, self.target, self.folder, verify=verify)
-
-    def type(self, patched: PassesRecord | None) -> PrecisionRecord:
-        """Write the precision into the graph."""
-        return convert_precision(
-            self.folder / _needed(patched).artifact.name,
-            self.recipe.precision,
-            self.folder,
-            feeds=None if self.recipe.precision is Precision.FP32 else self.sample(),
-            keep=self.recipe.typing.keep_fp32,
-            target=self.target,
-        )
-
-    def build(self, typed: PrecisionRecord | None) -> tuple[EngineRecord, ...]:
-        """Build the engines and audit what they compute in."""
-        model = self.folder / _needed(typed).artifact.name
-        return self.backend.build(model, self.folder, build_options(self.recipe))
-
-    def prove(self, loaded: Loaded, engines: Sequence[EngineRecord]) -> ParityRecord:
-        """Compare every stage with PyTorch, and the rows of a batch of what ships with each other."""
-        candidates = parity_candidates(loaded, self.recipe, self.folder, self.stages, engines)
-        limits, task = tolerances(self.recipe), self.system.task
-        parity = check_parity(loaded.run, candidates, self.pack(), limits, task=task)
-        shipped = batch_candidates(candidates, every=False)
-        return with_batches(parity, check_batches(shipped, self.pack(), self.recipe.batch, limits, task=task))
-
-    def environment(self) -> Environment:
-        """Describe the machine that measured: with a reused latency, the earlier bundle's."""
-        reused = self.old is not None and self.start.order > Stage.LATENCY.order
-        return self.old.environment if self.old is not None and reused else environment()
-
-    def described(self, loaded: Loaded) -> ModelRecord:
-        """Add the drift of the deploy form to the model's record, where parity was asked for."""
-        if self.until.order < Stage.PARITY.order:
-            return loaded.record
-        if self.old and self.start.order > Stage.PARITY.order:
-            return dataclasses.replace(loaded.record, drift=self.old.model.drift)
-        return dataclasses.replace(loaded.record, drift=measure_drift(loaded))
-
-    def time(self, loaded: Loaded, engines: Sequence[EngineRecord]) -> BenchRecord | None:
-        """Time the engines against the baselines; ``None`` where no engine can run here."""
-        if not any(engine.runnable for engine in engines):
-            return None
-        feeds = self.sample(self.recipe.batch.opt)
-        with bench_candidates(self.recipe, self.folder, engines, feeds, loaded) as found:
-            candidates, profile = found
-            return measure(candidates, bench_options(self.recipe), profile=profile)
-
-    def pack(self) -> InputPack:
-        """Make the parity inputs, once."""
-        if self.inputs is None:
-            self.inputs = parity_inputs(self.system, self.recipe)
-        return self.inputs
-
-    def sample(self, count: int = 0) -> Feeds:
-        """Return feeds of natural-looking images: ``count`` of them, or a few in multiples of the smallest batch."""
-        batch = self.recipe.batch.min
-        return sample_feeds(self.pack(), count or batch * math.ceil(_RANGE_IMAGES / batch))
+    def seconds(self) -> dict[str, float]:
+        """Return how long each stage took when it really ran."""
+        return {stage.value: origin.seconds for stage, origin in self.reuse.origins.items()}
 
     def finish(self, record: RunRecord, out: Path) -> RunRecord:
         """Write recipe, manifest and reports, publish the bundle, and say how it went."""
@@ -281,6 +180,7 @@ class _Road:
                     shown.note("report.html, report.md")
         write_manifest(record, self.folder)
         publish(self.folder, final)
+        show(self.reuse, self.console)
         self.console.summary(record, final)
         self.console.result(record)
         if not record.ok:
@@ -288,8 +188,25 @@ class _Road:
         return record
 
 
-def _refuse_to_shorten(out: Path, until: Stage) -> None:
-    """Keep a bundle that went further down the road than this run would."""
+def check_request(recipe: Recipe, until: Stage, backend: Backend) -> None:
+    """Refuse what would fail only after minutes of work.
+
+    Raises:
+        ImageError: the folder of photos cannot be used.
+        BackendUnavailableError: the backend cannot build here.
+    """
+    if recipe.parity.images and until.order >= Stage.PARITY.order:
+        find_images(recipe.parity.images, 1)
+    if until.order >= Stage.ENGINE.order and (reason := backend.available()):
+        raise BackendUnavailableError(f"backend {backend.name}: {reason}", hint="or --backend onnxruntime")
+
+
+def refuse_to_shorten(out: Path, until: Stage) -> None:
+    """Keep a bundle that went further down the road than this run would.
+
+    Raises:
+        StorageError: ``out`` holds such a bundle.
+    """
     if (out / MANIFEST).is_file() and (old := read_manifest(out)).until.order > until.order:
         raise StorageError(
             f"{out} holds a bundle that went on to {old.until.value}; a run until {until.value} would replace it",
@@ -303,35 +220,10 @@ def _verdict(parity: ParityRecord | None, until: Stage) -> tuple[bool, str]:
     return parity.ok, parity.verdict
 
 
-def _now() -> str:
-    moment = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
-    return datetime.datetime.fromtimestamp(moment, tz=datetime.timezone.utc).isoformat()
-
-
 def _needed(record: T | None) -> T:
     if record is None:  # stages run in order, so this is a mistake in this file
         raise AssertionError("a stage ran before the one that it consumes")
     return record
-
-
-def _check_reusable(old: RunRecord, recipe: Recipe, start: Stage) -> None:
-    new = recipe.to_data()
-    changed = [
-        f"{key} (needs --from {stage.value})"
-        for stage, keys in CONSUMES.items()
-        if stage.order < start.order
-        for key in keys
-        if old.recipe.get(key) != new[key]
-    ]
-    before = resolve([layer_of_data("manifest", old.recipe)])
-    lowering = [(r.target or load_backend(r.engine.backend).target, r.engine.device) for r in (before, recipe)]
-    if lowering[0] != lowering[1]:
-        changed.append("target or device (needs --from trace)")
-    if changed:
-        raise RecipeError(
-            f"--from {start.value} would reuse stages made with another recipe; changed: {', '.join(changed)}",
-            hint="start at the earliest of them",
-        )
 
 
 def _note(record: Any) -> str:
@@ -344,8 +236,10 @@ def _note(record: Any) -> str:
             return f"{sites} sites, {sum(record.op_counts.values())} nodes for {record.target.value}"
         case PrecisionRecord():
             return f"{record.precision.value}, {record.casts} casts"
-        case ParityRecord():
-            return record.verdict
+        case ModelRecord():
+            return record.weights.statement
+        case (ParityRecord() as parity, _):
+            return parity.verdict
         case BenchRecord():
             first = record.latencies[0]
             return f"{first.name} p50 {first.p50:.2f} ms at batch {first.batch}, {first.threads} thread(s)"

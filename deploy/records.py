@@ -119,12 +119,18 @@ class Batch:
 class WeightsSource:
     """Where the weights came from. ``statement`` is the sentence that every output repeats."""
 
-    kind: str  # "random" | "file"
+    kind: str  # "random" | "file" | "url" | "hub"
     statement: str
-    path: str = ""
+    path: str = ""  # file name, of a file
     sha256: str = ""
     layout: str = ""
     seed: int = 0
+    source: str = ""  # what --weights takes to get the same file again: a URL with its hash, a repository at a commit
+    revision: str = ""  # commit, of a repository
+
+    def same_as(self, other: WeightsSource) -> bool:
+        """Whether both are the same weights, wherever they lay."""
+        return (self.sha256, self.seed) == (other.sha256, other.seed)
 
 
 @record
@@ -405,6 +411,18 @@ class Environment:
 
 
 @record
+class StageOrigin:
+    """Where the result of a stage comes from: this run, or an earlier one that consumed the same."""
+
+    key: str  # sha256 of what the stage consumed
+    reused: bool
+    made: str  # ISO 8601, UTC: when the stage really ran
+    seconds: float  # that it took then
+    why: str  # it was not reused; empty when it was
+    consumed: Mapping[str, str]
+
+
+@record
 class RunRecord:
     """A whole run; the bundle's ``manifest.json``."""
 
@@ -425,6 +443,7 @@ class RunRecord:
     parity: ParityRecord | None = None
     bench: BenchRecord | None = None
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    origins: Mapping[str, StageOrigin] = field(default_factory=dict)  # stage -> where its result comes from
 
 
 @record

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from deploy.backends.base import Feeds
 from deploy.bench import BenchOptions
 from deploy.errors import RecipeError, SizeError, UnknownNameError, did_you_mean
 from deploy.models import find_system
-from deploy.models.base import System, check_size
 from deploy.parity.inputs import InputPack, pack
 from deploy.preprocess import find_images
 from deploy.recipe import (
@@ -30,6 +29,9 @@ from deploy.recipe import (
     resolve,
 )
 from deploy.records import Stage, Tolerance
+
+if TYPE_CHECKING:
+    from deploy.models.base import System
 
 
 def resolve_recipe(
@@ -61,6 +63,8 @@ def _mistakes(system: System, merged: Mapping[str, Any]) -> Iterator[Mistake]:
     if isinstance(backend, str) and backend not in BACKENDS:
         text = f"unknown backend {backend!r}; {did_you_mean(backend, BACKENDS)}"
         yield Mistake(keys=("engine", "backend"), text=text, kind=UnknownNameError)
+    from deploy.models.base import check_size  # here, because it brings PyTorch, which a remembered recipe can spare
+
     with contextlib.suppress(ValueError):  # a size that is none was found by its type
         try:
             check_size(system, parse_size(merged.get("size")))
@@ -127,6 +131,7 @@ def bench_options(recipe: Recipe) -> BenchOptions:
 
 def parity_inputs(system: System, recipe: Recipe) -> InputPack:
     """Make the deterministic pack, and add the recipe's photos."""
+    system = specialised(system, recipe)
     photos = find_images(recipe.parity.images, recipe.parity.max_images) if recipe.parity.images else ()
     return pack(
         system.inputs,

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import effdeploy
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's own cache out of the tests, and the tests out of it."""
+    before = os.environ.get("EFFDEPLOY_CACHE")
+    os.environ["EFFDEPLOY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("EFFDEPLOY_CACHE")
+    if before is not None:
+        os.environ["EFFDEPLOY_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give each test a cache of its own: none may pass because another one has run before."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("EFFDEPLOY_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,165 @@
+"""The work of each stage: what ``deploy.pipeline.run`` calls where a stage cannot be taken from an earlier run.
+
+Here PyTorch and the runtimes are imported, so a run that takes everything from earlier ones never pays for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy.backends.base import Backend, Feeds
+from deploy.bench import measure
+from deploy.candidates import batch_candidates, bench_candidates, build_options, parity_candidates
+from deploy.console import Console
+from deploy.errors import CheckpointError
+from deploy.graph.pipeline import run_passes
+from deploy.models import find_system
+from deploy.models.base import Loaded, System, load_model, measure_drift
+from deploy.parity.batch import check_batches, with_batches
+from deploy.parity.compare import check_parity
+from deploy.parity.inputs import InputPack
+from deploy.precision.convert import convert_precision
+from deploy.recipe import Recipe
+from deploy.records import (
+    Artifact,
+    BenchRecord,
+    Drift,
+    EngineRecord,
+    ModelRecord,
+    ParityRecord,
+    PassesRecord,
+    Precision,
+    PrecisionRecord,
+    Stage,
+    Target,
+    TraceRecord,
+)
+from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
+from deploy.trace import TraceRequest, choose_opset, onnx_from_torch
+
+_RANGE_IMAGES = 2  # enough to see an FP16 overflow coming, cheap enough to be on the road
+
+
+@dataclass(kw_only=True)
+class Work:
+    """Everything that a run does itself; the model and the inputs are made when a stage first asks for them.
+
+    Attributes:
+        recipe: What is asked for.
+        backend: The runtime of the engine.
+        target: What the graph is lowered for.
+        folder: Where files are written.
+        until: Last stage of the run.
+        console: Where the progress of long steps goes.
+        model: The record of a model stage that was taken from an earlier run.
+    """
+
+    recipe: Recipe
+    backend: Backend
+    target: Target
+    folder: Path
+    until: Stage
+    console: Console
+    model: ModelRecord | None = None
+    system: System = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.system = specialised(find_system(self.recipe.system), self.recipe)
+        if self.until.order >= Stage.ENGINE.order:
+            self.backend.check(build_options(self.recipe))
+
+    @functools.cached_property
+    def loaded(self) -> Loaded:
+        """The reference and its deploy form.
+
+        Raises:
+            CheckpointError: the weights are not those that the run began with.
+        """
+        loaded = load_model(self.system, self.recipe, self.target, self.console)
+        got, want = loaded.record.weights, self.model.weights if self.model else loaded.record.weights
+        if (got.kind, got.sha256, got.seed) != (want.kind, want.sha256, want.seed):
+            raise CheckpointError(
+                f"the weights changed during the run: {got.statement}, expected {want.statement}",
+                hint="export again when the file is whole",
+            )
+        return loaded
+
+    @functools.cached_property
+    def inputs(self) -> InputPack:
+        """The parity inputs."""
+        return parity_inputs(self.system, self.recipe)
+
+    def load(self) -> ModelRecord:
+        """Load the reference and its deploy form."""
+        return self.loaded.record
+
+    def trace(self) -> TraceRecord:
+        """Export the deploy form."""
+        section = self.recipe.trace
+        request = TraceRequest(
+            inputs=self.loaded.inputs,
+            outputs=self.system.outputs,
+            batch=self.recipe.batch,
+            opset=choose_opset(section.opset, self.target, section.attention_op),
+        )
+        return onnx_from_torch(self.loaded.deploy, request, self.folder)
+
+    def patch(self, traced: TraceRecord) -> PassesRecord:
+        """Run the target's graph passes."""
+        verify = dict(self.inputs.chunks[0].feeds) if self.recipe.passes.verify_each else None
+        return run_passes(self.folder / traced.artifact.name, self.target, self.folder, verify=verify)
+
+    def type(self, patched: PassesRecord) -> PrecisionRecord:
+        """Write the precision into the graph."""
+        return convert_precision(
+            self.folder / patched.artifact.name,
+            self.recipe.precision,
+            self.folder,
+            feeds=None if self.recipe.precision is Precision.FP32 else self.sample(),
+            keep=self.recipe.typing.keep_fp32,
+            target=self.target,
+        )
+
+    def build(self, typed: PrecisionRecord) -> tuple[EngineRecord, ...]:
+        """Build the engines and audit what they compute in."""
+        return self.backend.build(self.folder / typed.artifact.name, self.folder, build_options(self.recipe))
+
+    def prove(
+        self, traced: TraceRecord, patched: PassesRecord, typed: PrecisionRecord, engines: Sequence[EngineRecord]
+    ) -> tuple[ParityRecord, Drift]:
+        """Compare every stage with PyTorch, and the rows of a batch of what ships with each other."""
+        files = self._stage_files(traced, patched, typed)
+        candidates = parity_candidates(self.loaded, self.recipe, self.folder, files, engines)
+        limits, task = tolerances(self.recipe), self.system.task
+        parity = check_parity(self.loaded.run, candidates, self.inputs, limits, task=task)
+        shipped = batch_candidates(candidates, every=False)
+        batches = check_batches(shipped, self.inputs, self.recipe.batch, limits, task=task)
+        return with_batches(parity, batches), measure_drift(self.loaded)
+
+    def time(self, engines: Sequence[EngineRecord]) -> BenchRecord | None:
+        """Time the engines against the baselines; ``None`` where no engine can run here."""
+        if not any(engine.runnable for engine in engines):
+            return None
+        feeds = self.sample(self.recipe.batch.opt)
+        loaded = self.loaded if self.recipe.bench.baselines else None
+        with bench_candidates(self.recipe, self.folder, engines, feeds, loaded) as found:
+            candidates, profile = found
+            return measure(candidates, bench_options(self.recipe), profile=profile)
+
+    def sample(self, count: int = 0) -> Feeds:
+        """Return feeds of natural-looking images: ``count`` of them, or a few in multiples of the smallest batch."""
+        batch = self.recipe.batch.min
+        return sample_feeds(self.inputs, count or batch * math.ceil(_RANGE_IMAGES / batch))
+
+    def _stage_files(self, traced: TraceRecord, patched: PassesRecord, typed: PrecisionRecord) -> dict[str, Artifact]:
+        """Name the ONNX files of the stages; a file of two stages comes once."""
+        named = {"traced": traced.artifact, "patched": patched.artifact, self.recipe.precision.value: typed.artifact}
+        files: dict[str, Artifact] = {}
+        for name, artifact in named.items():
+            if artifact not in files.values():
+                files[name] = artifact
+        return files
