@@ -28,7 +28,7 @@ LATENCY_COLUMNS = ("candidate", "batch", "threads", "p50", "p90", "p95", "p99", 
 
 
 def verify_bundle(
-    bundle: Path, console: Console, *, weights: Path | None = None, images: Path | None = None
+    bundle: Path, console: Console, *, weights: Path | str | None = None, images: Path | None = None
 ) -> RunRecord:
     """Hold a bundle's files against its manifest, everything that runs here against PyTorch, and rows apart.
 
@@ -52,9 +52,9 @@ def verify_bundle(
         for artifact in files:
             open_artifact(artifact, bundle)
         step.note(f"{len(files)} unchanged")
-    recipe = _recipe_of(run, {"weights": ("--weights", _text(weights)), "parity.images": ("--images", images)})
+    recipe = _recipe_of(run, {"weights": _weights(run, weights), "parity.images": ("--images", images)})
     with console.step("model") as step:
-        loaded = _reload(run, recipe)
+        loaded = _reload(run, recipe, console)
         step.note(loaded.record.weights.statement)
     with console.step("parity") as step:
         candidates = parity_candidates(loaded, recipe, bundle, stage_files(run), run.engines)
@@ -76,7 +76,7 @@ def verify_bundle(
 
 
 def bench_bundles(
-    bundles: Sequence[Path], console: Console, *, baselines: tuple[str, ...] = (), weights: Path | None = None,
+    bundles: Sequence[Path], console: Console, *, baselines: tuple[str, ...] = (), weights: Path | str | None = None,
     seconds: float | None = None, threads: int | None = None,
 ) -> BenchRecord:  # fmt: skip
     """Time the engines of bundles in one interleaved measurement; baselines are those of the first bundle.
@@ -91,13 +91,13 @@ def bench_bundles(
         for index, bundle in enumerate(bundles):
             run = read_manifest(bundle)
             options = {
-                "weights": ("--weights", _text(weights) if index == 0 else None),
+                "weights": _weights(run, weights if index == 0 else None),
                 "bench.baselines": ("--baseline", baselines if index == 0 else ()),
                 "bench.seconds": ("--seconds", seconds),
                 "bench.threads": ("--threads", threads or (recipes[0].bench.threads if recipes else None)),
             }
             recipe = _recipe_of(run, options)
-            loaded = _reload(run, recipe) if recipe.bench.baselines else None
+            loaded = _reload(run, recipe, console) if recipe.bench.baselines else None
             feeds = sample_feeds(parity_inputs(find_system(recipe.system), recipe), recipe.batch.opt)
             opened, _ = stack.enter_context(bench_candidates(recipe, bundle, run.engines, feeds, loaded))
             found += [_renamed(candidate, names[index], len(bundles)) for candidate in opened]
@@ -127,12 +127,12 @@ def _recipe_of(run: RunRecord, options: Mapping[str, tuple[str, Any]]) -> Recipe
     return resolve([layer_of_data(f"manifest of {run.name}", run.recipe), layer_of_options(options)])
 
 
-def _reload(run: RunRecord, recipe: Recipe) -> Loaded:
+def _reload(run: RunRecord, recipe: Recipe, console: Console) -> Loaded:
     """Load the PyTorch reference and make sure that it is the one that the bundle was made from."""
     target = run.passes.target if run.passes else recipe.target or load_backend(recipe.engine.backend).target
-    loaded = load_model(find_system(recipe.system), recipe, target)
+    loaded = load_model(find_system(recipe.system), recipe, target, console)
     got, want = loaded.record.weights, run.model.weights
-    if (got.kind, got.sha256, got.seed) != (want.kind, want.sha256, want.seed):
+    if not got.same_as(want):
         raise CheckpointError(
             f"{got.statement}: not what the bundle was made from ({want.statement})",
             hint="--weights with the original file",
@@ -140,8 +140,10 @@ def _reload(run: RunRecord, recipe: Recipe) -> Loaded:
     return loaded
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _weights(run: RunRecord, given: Path | str | None) -> tuple[str, str | None]:
+    """Return flag and source of a bundle's weights: what was given now, else the very file that the export took."""
+    recorded = run.model.weights.source or None
+    return "--weights", recorded if given is None else str(given)
 
 
 def _names(bundles: Sequence[Path]) -> list[str]:

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from deploy import units
 from deploy.errors import EffdeployError, RecipeError, SizeError, did_you_mean
 from deploy.records import Batch, Precision, Preprocess, Target, Tolerance
 
@@ -54,6 +55,7 @@ Size = Annotated[
     BeforeValidator(parse_size, json_schema_input_type=int | str),
     PlainSerializer(lambda s: f"{s[0]}x{s[1]}", return_type=str),
 ]
+Bytes = Annotated[int, BeforeValidator(units.bytes_of, json_schema_input_type=int | str)]
 BatchField = Annotated[
     Batch, BeforeValidator(_parse_batch, json_schema_input_type=int | str), PlainSerializer(str, return_type=str)
 ]
@@ -89,8 +91,16 @@ class EngineSection(_Section):
     sm: tuple[int, ...] = Field((), description="CUDA compute capabilities for ahead-of-time builds, e.g. [80, 89]")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where ONNX Runtime runs; auto: CUDA if usable")
     level: int = Field(3, ge=0, le=5, description="TensorRT builder optimisation level")
-    workspace: int = Field(0, ge=0, description="TensorRT workspace limit in bytes; 0: no limit")
+    workspace: Bytes = Field(0, description="TensorRT workspace limit, e.g. 4GiB; 0: no limit")
     tf32: bool = Field(False, description="let FP32 matrix products use TF32 on a GPU")
+    profiles: tuple[BatchField, ...] = Field((), description="TensorRT optimisation profiles; none: one, the batch")
+    timing_cache: bool = Field(True, description="keep TensorRT's timings in the user's cache folder")
+    version_compatible: bool = Field(False, description="an engine for later minor versions of TensorRT too")
+    hardware: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
+        "none", description="TensorRT hardware compatibility, at a cost in speed"
+    )
+    refit: bool = Field(False, description="an engine whose weights can be replaced")
+    strip: bool = Field(False, description="an engine without its weights, filled from the ONNX file when it is opened")
 
     @model_validator(mode="after")
     def _sm_fits(self) -> EngineSection:
@@ -147,6 +157,7 @@ class PreprocessSection(_Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     crop: float = Field(0.875, gt=0, le=1)
+    fit: Literal["crop", "stretch"] = Field("crop", description="stretch: the whole image, whatever its proportions")
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
 
     def record(self) -> Preprocess:
@@ -162,7 +173,12 @@ class Recipe(_Section):
     size: Size = Field(description="input side, or HEIGHTxWIDTH")
     batch: BatchField = Field(default_factory=Batch, description="a number, or min:opt:max")
     precision: Precision = Precision.FP32
-    weights: str = Field("random", description="a checkpoint file, random, or random:SEED")
+    weights: str = Field(
+        "random", description="a file, hf://OWNER/REPO[/FILE][@REVISION], https://..., random[:SEED] or pretrained"
+    )
+    pretrained: str | None = Field(
+        None, description="where the released weights are, with #sha256=...; --pretrained takes them"
+    )
     classes: int = Field(1000, ge=1, le=1_000_000)
     target: Target | None = Field(None, description="runtime family to lower the graph for; default: the backend's")
     options: Mapping[str, Any] = Field(default_factory=dict, description="architecture options of the system")

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,18 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from deploy.errors import CheckpointError, RecipeError, SizeError, TraceError, UnknownNameError, did_you_mean
-from deploy.models.checkpoint import Checkpoint, State, WeightMap, fit_checkpoint, read_checkpoint
+from deploy.console import Console
+from deploy.errors import (
+    CheckpointError,
+    EffdeployError,
+    RecipeError,
+    SizeError,
+    TraceError,
+    UnknownNameError,
+    did_you_mean,
+)
+from deploy.models.checkpoint import Checkpoint, State, Template, WeightMap, fit_checkpoint, read_checkpoint
+from deploy.models.sources import Source, choose_text, fetch, parse_source
 from deploy.models.weights import random_state
 from deploy.recipe import Recipe
 from deploy.records import Drift, ModelRecord, Target, TensorSpec, WeightsSource
@@ -48,6 +58,27 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """An option of a system's own that can be typed as ``--name VALUE``, short for ``--set key=VALUE``."""
+
+    name: str
+    key: str
+    help: str
+
+
+def _unchanged(state: State, options: Options, size: Size) -> State:
+    return state
+
+
+def _as_declared(options: Options) -> Mapping[str, Any]:
+    return {}
+
+
+def _none(options: Options) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class System:
     """A model family on the road.
 
@@ -64,9 +95,18 @@ class System:
         recipe: Defaults below the YAML.
         relayouts: (layout, layout) to a function that takes a state dict of the first to one of the second, in our
             keys and any dtype, without changing its input; a direction that cannot be is left out.
-        stride: Image sides must be multiples of this.
-        inputs: Graph inputs with symbolic axes ``batch``, ``height``, ``width``.
-        outputs: Graph output names.
+        stride: Image sides must be multiples of this; or the name of the option that says of what.
+        inputs: Graph inputs with symbolic axes ``batch``, ``height``, ``width``, ``height/8`` and the like.
+        outputs: Graph output names that parity judges.
+        extra_outputs: ``options -> names`` of further outputs, which follow them and are not judged.
+        adapt: ``(state, options, size) -> state``: brings a checkpoint's tensors, in our keys, to what a model of these
+            options and size has (a position embedding of another size), and drops what inference computes itself or
+            never reads; what it cannot adapt it returns unchanged.
+        keep_fp32: ``options -> regular expressions`` on node names that stay float32 in every reduced precision.
+        flags: Options that the command line offers by a name of their own.
+        feeds: Makers of the inputs other than ``images`` for parity: images float32 [n,3,H,W] to an array of n rows.
+        interface: ``options -> fields`` of this class that depend on the options: ``inputs``, ``outputs``, ``task``,
+            ``feeds``; see ``specialised``.
     """
 
     name: str
@@ -79,27 +119,39 @@ class System:
     forms: Mapping[Target, Form]
     recipe: Mapping[str, Any]
     relayouts: Mapping[tuple[str, str], Callable[[State], State]] = field(default_factory=dict)
-    stride: int = 1
+    stride: int | str = 1
     inputs: tuple[TensorSpec, ...] = (
         TensorSpec(name="images", dtype="float32", shape=("batch", 3, "height", "width")),
     )
     outputs: tuple[str, ...] = ("logits",)
+    extra_outputs: Callable[[Options], tuple[str, ...]] = _none
+    adapt: Callable[[State, Options, Size], State] = _unchanged
+    keep_fp32: Callable[[Options], tuple[str, ...]] = _none
+    flags: tuple[Flag, ...] = ()
+    feeds: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.generic]]] = field(default_factory=dict)
+    interface: Callable[[Options], Mapping[str, Any]] = _as_declared
 
 
 @dataclass(kw_only=True, slots=True)
 class Loaded:
-    """A loaded model: the float32 reference as in the checkpoint, and the deploy form that is exported."""
+    """A loaded model: the float32 reference as in the checkpoint, and the deploy form that is exported.
+
+    ``outputs`` are the graph's: those that parity judges, and the options' extra ones. ``keep_fp32`` is the system's.
+    """
 
     system: System
     target: Target
     reference: nn.Module
     deploy: nn.Module
     inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    keep_fp32: tuple[str, ...]
     record: ModelRecord
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[np.generic]]:
-        """Run the float32 PyTorch reference (training form) on host arrays."""
-        return run_module(self.reference, feeds, self.system.outputs)
+        """Run the float32 PyTorch reference (training form) on host arrays; returns the outputs that are judged."""
+        found = run_module(self.reference, feeds, self.outputs)
+        return {name: found[name] for name in self.system.outputs}
 
 
 def run_module(module: nn.Module, feeds: Arrays, outputs: tuple[str, ...]) -> dict[str, NDArray[np.generic]]:
@@ -110,20 +162,28 @@ def run_module(module: nn.Module, feeds: Arrays, outputs: tuple[str, ...]) -> di
     return {name: tensor.numpy() for name, tensor in zip(outputs, tensors, strict=True)}
 
 
-def load_model(system: System, recipe: Recipe, target: Target) -> Loaded:
-    """Build the model, load or draw its weights, and re-parameterise it for the target.
+def load_model(system: System, recipe: Recipe, target: Target, console: Console | None = None) -> Loaded:
+    """Build the model, fetch or draw its weights, and re-parameterise it for the target.
+
+    Args:
+        system: Which model family.
+        recipe: Says the variant, the size and where the weights come from.
+        target: Runtime family to lower for.
+        console: Where the progress of a download goes; nowhere when left out.
 
     Raises:
         UnknownNameError: no such variant.
         SizeError: the model cannot take ``recipe.size``.
         CheckpointError: the weights cannot be read or do not fit.
-        RecipeError: an architecture option that the system does not have, or a value that it cannot be built with.
+        DownloadError: the weights cannot be fetched, or are not those that were pinned.
+        RecipeError: a source text that is none; an architecture option that the system does not have, or a value that
+            it cannot be built with.
     """
     start = time.perf_counter()
-    options = resolve_options(system, recipe)
-    check_size(system, recipe.size)
+    system, options = specialised(system, recipe), resolve_options(system, recipe)
+    check_size(system, recipe.size, options)
     macs = _macs_of_options(system, recipe, options)
-    reference, weights = _with_weights(system, recipe, options)
+    reference, weights = _with_weights(system, recipe, options, console)
     deploy = system.to_deploy(reference, target).eval()
     inputs = graph_inputs(system, recipe.size)
     record = ModelRecord(
@@ -141,7 +201,26 @@ def load_model(system: System, recipe: Recipe, target: Target) -> Loaded:
         form_reason=system.forms[target].reason,
         seconds=time.perf_counter() - start,
     )
-    return Loaded(system=system, target=target, reference=reference, deploy=deploy, inputs=inputs, record=record)
+    return Loaded(
+        system=system,
+        target=target,
+        reference=reference,
+        deploy=deploy,
+        inputs=inputs,
+        outputs=(*system.outputs, *system.extra_outputs(options)),
+        keep_fp32=system.keep_fp32(options),
+        record=record,
+    )
+
+
+def specialised(system: System, recipe: Recipe) -> System:
+    """Return the system with what its graph takes and gives under the recipe's options.
+
+    Raises:
+        UnknownNameError: no such variant.
+        RecipeError: an option that the variant does not have.
+    """
+    return dataclasses.replace(system, **system.interface(resolve_options(system, recipe)))
 
 
 def resolve_options(system: System, recipe: Recipe) -> dict[str, Any]:
@@ -162,24 +241,30 @@ def resolve_options(system: System, recipe: Recipe) -> dict[str, Any]:
     return {**options, **recipe.options, "classes": recipe.classes}
 
 
-def check_size(system: System, size: Size) -> None:
-    """Refuse image sides that the model cannot take.
+def check_size(system: System, size: Size, options: Options | None = None) -> None:
+    """Refuse image sides that the model cannot take; without ``options`` a stride that is one of them is not checked.
 
     Raises:
         SizeError: a side is not a multiple of the stride.
     """
-    if any(side % system.stride for side in size):
-        near = "x".join(str(max(system.stride, round(side / system.stride) * system.stride)) for side in size)
+    stride = system.stride if isinstance(system.stride, int) else int((options or {}).get(system.stride, 1))
+    if any(side % stride for side in size):
+        near = "x".join(str(max(stride, round(side / stride) * stride)) for side in size)
         raise SizeError(
-            f"size: got {size[0]}x{size[1]}, {system.name} needs multiples of {system.stride}", hint=f"--size {near}"
+            f"size: got {size[0]}x{size[1]}, {system.name} needs multiples of {stride}", hint=f"--size {near}"
         )
 
 
 def graph_inputs(system: System, size: Size) -> tuple[TensorSpec, ...]:
-    """Return the system's inputs with ``height`` and ``width`` replaced; ``batch`` stays symbolic."""
-    values: dict[int | str, int] = {"height": size[0], "width": size[1]}
+    """Return the system's inputs with ``height``, ``width/8`` and the like replaced; ``batch`` stays symbolic."""
+    values = {"height": size[0], "width": size[1]}
+
+    def bound(axis: int | str) -> int | str:
+        name, _, divisor = str(axis).partition("/")
+        return values[name] // int(divisor or 1) if name in values else axis
+
     return tuple(
-        TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(values.get(axis, axis) for axis in spec.shape))
+        TensorSpec(name=spec.name, dtype=spec.dtype, shape=tuple(bound(axis) for axis in spec.shape))
         for spec in system.inputs
     )
 
@@ -210,6 +295,8 @@ def _macs_of_options(system: System, recipe: Recipe, options: Options) -> int:
     """Count multiply-adds; a model that fails only with the recipe's options is the recipe's mistake, not a defect."""
     try:
         return count_macs(system, options, recipe.size)
+    except EffdeployError:
+        raise
     except Exception as error:  # an architecture raises whatever its code meets
         if not recipe.options:
             raise
@@ -229,13 +316,14 @@ def measure_drift(loaded: Loaded) -> Drift:
     precise = copy.deepcopy(loaded.reference).double()
     precise_deploy = loaded.system.to_deploy(precise, loaded.target).eval()
     with torch.inference_mode():
-        single = _difference(loaded.reference(*images), loaded.deploy(*images))
-        double = _difference(precise(*doubled), precise_deploy(*doubled))
+        judged = len(loaded.system.outputs)
+        single = _difference(loaded.reference(*images), loaded.deploy(*images), judged)
+        double = _difference(precise(*doubled), precise_deploy(*doubled), judged)
     return Drift(fp32_max_abs=single[0], fp32_relative=single[1], fp64_max_abs=double[0], fp64_relative=double[1])
 
 
-def _difference(expected: Any, got: Any) -> tuple[float, float]:
-    pairs = zip(_tuple(expected), _tuple(got), strict=True)
+def _difference(expected: Any, got: Any, judged: int) -> tuple[float, float]:
+    pairs = zip(_tuple(expected)[:judged], _tuple(got)[:judged], strict=True)
     absolute, scale = 0.0, 0.0
     for a, b in pairs:
         absolute = max(absolute, float((a - b).abs().max()))
@@ -253,11 +341,15 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _with_weights(system: System, recipe: Recipe, options: Options) -> tuple[nn.Module, WeightsSource]:
-    if recipe.weights.partition(":")[0] == "random":
-        return _random_model(system, recipe, options)
-    path = Path(recipe.weights)
-    checkpoint = read_checkpoint(path)
+def _with_weights(
+    system: System, recipe: Recipe, options: Options, console: Console | None
+) -> tuple[nn.Module, WeightsSource]:
+    text = choose_text(recipe.weights, recipe.pretrained, f"{system.name} {recipe.variant}")
+    source = parse_source(text)
+    if source.kind == "random":
+        return _random_model(system, recipe, options, source)
+    fetched = fetch(source, console)
+    checkpoint = read_checkpoint(fetched.path)
     fitted = fit_checkpoint(
         checkpoint,
         system.weight_maps,
@@ -266,25 +358,25 @@ def _with_weights(system: System, recipe: Recipe, options: Options) -> tuple[nn.
     )
     model = build_uninitialised(system, options, recipe.size, fitted.layout)
     model.load_state_dict(fitted.state, strict=True, assign=True)
-    source = WeightsSource(
-        kind="file",
-        statement=f"weights: {path.name} (sha256 {checkpoint.sha256[:12]}, {fitted.name} layout{checkpoint.wrapping})",
-        path=path.name,
+    known = f"sha256 {checkpoint.sha256[:12]}, {fitted.name} layout{checkpoint.wrapping}{fitted.adapted}"
+    record = WeightsSource(
+        kind=source.kind,
+        statement=f"weights: {fetched.name} ({known})",
+        path=fetched.path.name if source.kind == "file" else "",
         sha256=checkpoint.sha256,
         layout=fitted.name,
+        source=fetched.source,
+        revision=fetched.revision,
     )
-    return model.eval().requires_grad_(False), source
+    return model.eval().requires_grad_(False), record
 
 
-def _random_model(system: System, recipe: Recipe, options: Options) -> tuple[nn.Module, WeightsSource]:
-    text = recipe.weights.partition(":")[2] or "0"
-    if not (text.isascii() and text.isdigit()):
-        raise RecipeError(f"weights: got {recipe.weights!r}, expected random or random:SEED", hint="--weights random:1")
+def _random_model(system: System, recipe: Recipe, options: Options, source: Source) -> tuple[nn.Module, WeightsSource]:
     model = build_uninitialised(system, options, recipe.size, system.weight_maps[0].layout)
-    model.load_state_dict(random_state(model.state_dict(), int(text)), strict=True, assign=True)
-    statement = f"weights: random (seed {int(text)}): latency and numerics only, not accuracy"
-    source = WeightsSource(kind="random", statement=statement, seed=int(text))
-    return model.eval().requires_grad_(False), source
+    model.load_state_dict(random_state(model.state_dict(), source.seed), strict=True, assign=True)
+    statement = f"weights: random (seed {source.seed}): latency and numerics only, not accuracy"
+    record = WeightsSource(kind="random", statement=statement, seed=source.seed)
+    return model.eval().requires_grad_(False), record
 
 
 class _SkipInit(TorchFunctionMode):
@@ -303,10 +395,12 @@ def build_uninitialised(system: System, options: Options, size: Size, layout: st
         return system.build(options, size, layout)
 
 
-def empty_state(system: System, options: Options, size: Size, layout: str) -> dict[str, torch.Tensor]:
+def empty_state(system: System, options: Options, size: Size, layout: str) -> Template:
     """Return the state dict of a layout on the meta device: names, shapes and types without memory."""
     with torch.device("meta"):
-        return system.build(options, size, layout).state_dict()
+        expected = Template(system.build(options, size, layout).state_dict())
+    expected.adapt = lambda state: system.adapt(state, options, size)
+    return expected
 
 
 def fitting_variant(system: System, recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -7,10 +7,11 @@ missing, left over or of another shape is an error that names its nearest neighb
 from __future__ import annotations
 
 import difflib
+import itertools
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from deploy.artifacts import sha256_of
 from deploy.errors import CheckpointError, NonFiniteWeightsError, UnsafeCheckpointError
+from deploy.models.sources import SUFFIXES
 
 # Where training frameworks put the weights, best first: released detectors and classifiers are evaluated with the EMA.
 _WRAPPERS = (
@@ -27,6 +29,10 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 # Bookkeeping that EMA and data-preprocessor wrappers leave among the weights.
 _BOOKKEEPING = re.compile(r"^(steps|n_averaged|num_updates|decay|data_preprocessor\..*)$")
 _SHOWN = 8
+_SHOWN_MISFITS = 6
+_NEIGHBOURS = 200  # keys that a neighbour is looked for among
+_FOREIGN = 0.5  # share of the model's keys that a checkpoint of another model lacks
+_EXACT = 256  # whole numbers up to here survive every float type, bfloat16 included
 _DEEPEST = 8  # wrappers inside wrappers; a pickle can hold itself
 
 State = dict[str, torch.Tensor]
@@ -61,11 +67,21 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fitted:
-    """A state dict that fits a layout of the model exactly."""
+    """A state dict that fits a layout of the model exactly; ``adapted`` says which tensors got another shape."""
 
     name: str
     layout: str
     state: State
+    adapted: str = ""
+
+
+class Template(dict[str, torch.Tensor]):
+    """The state dict that a layout expects (meta device is enough), and how a checkpoint's tensors are brought to it.
+
+    ``adapt`` takes renamed tensors; what it cannot bring to its shape it returns unchanged.
+    """
+
+    adapt: Callable[[State], State] = staticmethod(lambda state: state)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -78,7 +94,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         NonFiniteWeightsError: NaN, infinity, or values that float32 cannot hold, with the names of the tensors.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is not a file", hint="--weights PATH, or --weights random")
+        raise CheckpointError(f"{path} is not a file", hint="--weights PATH, hf://OWNER/REPO, https://... or random")
     raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     tensors, wrapping = unwrap(raw, path)
     _check_plain(tensors, path)
@@ -100,9 +116,9 @@ def _read_safetensors(path: Path) -> Any:
 
 
 def _read_pickle(path: Path) -> Any:
-    if path.suffix not in (".pth", ".pt", ".bin", ".ckpt"):
+    if path.suffix not in SUFFIXES:
         raise CheckpointError(
-            f"{path.name}: unknown type {path.suffix!r}, expected .safetensors, .pth, .pt, .ckpt or .bin",
+            f"{path.name}: unknown type {path.suffix!r}, expected {', '.join(SUFFIXES)}",
             hint="rename it, or convert it to .safetensors",
         )
     try:
@@ -211,53 +227,107 @@ def fit_checkpoint(
         other_variant: Names a variant that would fit, for the hint; called only for an error.
 
     Raises:
-        CheckpointError: no layout fits; lists the misfits of the nearest one.
+        CheckpointError: no layout fits; counts the misfits of the nearest one and shows some of each kind.
     """
-    problems: dict[str, list[str]] = {}
+    problems: dict[str, list[_Misfit]] = {}
     for weight_map in maps:
         state, misfits = _apply(weight_map, checkpoint.tensors, template(weight_map.layout))
         if not misfits:
-            return Fitted(name=weight_map.name, layout=weight_map.layout, state=state)
+            changes = _adapted(weight_map, checkpoint.tensors, state)
+            return Fitted(name=weight_map.name, layout=weight_map.layout, state=state, adapted=changes)
         problems[weight_map.name] = misfits
     nearest = min(problems, key=lambda name: len(problems[name]))
-    listing = "\n".join(f"  {line}" for line in problems[nearest][: 3 * _SHOWN])
-    more = len(problems[nearest]) - 3 * _SHOWN
-    listing += f"\n  ... and {more} more" if more > 0 else ""
-    fitting = other_variant()
-    heads = any("shape" in line and "head" in line for line in problems[nearest])
-    hint = f"it fits --variant {fitting}" if fitting else "check --variant and the file"
-    hint = "another number of classes? --set classes=N" if heads and len(problems[nearest]) <= 2 else hint
-    raise CheckpointError(f"the checkpoint does not fit; nearest layout {nearest!r}:\n{listing}", hint=hint)
+    layout = next(m.layout for m in maps if m.name == nearest)
+    missing = sum(m.kind == "missing" for m in problems[nearest])
+    raise CheckpointError(
+        f"the checkpoint does not fit; nearest layout {nearest!r}: {_summary(problems[nearest])}",
+        hint=_hint(problems[nearest], missing / max(len(template(layout)), 1), other_variant()),
+    )
 
 
-def _apply(weight_map: WeightMap, tensors: State, expected: Mapping[str, torch.Tensor]) -> tuple[State, list[str]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Misfit:
+    """One difference between a checkpoint and a layout; the neighbour is looked for only when it is shown."""
+
+    kind: str
+    text: str
+    name: str = ""
+    among: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        near = difflib.get_close_matches(self.name, list(self.among)[:_NEIGHBOURS], n=1, cutoff=0.6)
+        return f"{self.kind}: {self.text}" + (f" (nearest: {self.among[near[0]]})" if near else "")
+
+
+def _summary(misfits: list[_Misfit]) -> str:
+    """Count the misfits of each kind, and show a few of each."""
+    kinds = {kind: [m for m in misfits if m.kind == kind] for kind in dict.fromkeys(m.kind for m in misfits)}
+    counts = ", ".join(f"{len(found)} {kind}" for kind, found in kinds.items())
+    each = itertools.zip_longest(*kinds.values())
+    shown = [m for row in each for m in row if m is not None][:_SHOWN_MISFITS]
+    lines = [f"  {m}" for found in kinds.values() for m in found if m in shown]
+    more = len(misfits) - len(lines)
+    return "\n".join([counts, *lines, *([f"  ... and {more} more"] if more else [])])
+
+
+def _hint(misfits: list[_Misfit], missing: float, variant: str) -> str:
+    if variant:
+        return f"it fits --variant {variant}"
+    if len(misfits) <= 2 and all(m.kind == "shape" and "head" in m.text for m in misfits):
+        return "another number of classes? --set classes=N"
+    if missing > _FOREIGN:
+        return "it looks like the checkpoint of another model; effdeploy list shows the systems"
+    return "check --variant and the file"
+
+
+def _adapted(weight_map: WeightMap, tensors: State, state: State) -> str:
+    """Say which tensors have another shape than in the file."""
+    before = {weight_map.rename(key): tuple(tensor.shape) for key, tensor in tensors.items()}
+    kept = {name: shape for name, shape in before.items() if name in state}
+    changed = [f"{n} adapted from {s} to {tuple(state[n].shape)}" for n, s in kept.items() if state[n].shape != s]
+    return "".join(f", {change}" for change in changed)
+
+
+def _apply(weight_map: WeightMap, tensors: State, expected: Mapping[str, torch.Tensor]) -> tuple[State, list[_Misfit]]:
     state: State = {}
     origin: dict[str, str] = {}
     misfits = []
     for key, tensor in tensors.items():
         name = weight_map.rename(key)
         if name in state:
-            misfits.append(f"twice: {key} and {origin[name]} both map to {name}")
+            misfits.append(_Misfit(kind="twice", text=f"{key} and {origin[name]} both map to {name}"))
         state[name], origin[name] = tensor, key
-    unexpected = [k for k in state if k not in expected]
-    for name in expected:
-        if name not in state:
-            misfits.append(f"missing: {name}{_nearest(name, {k: origin[k] for k in unexpected})}")
-        elif state[name].shape != expected[name].shape:
-            got, want = tuple(state[name].shape), tuple(expected[name].shape)
-            misfits.append(f"shape: {origin[name]} is {got}, {name} needs {want}")
-        elif state[name].is_floating_point() != expected[name].is_floating_point():
-            types = (str(s[name].dtype).removeprefix("torch.") for s in (state, expected))
-            misfits.append(f"dtype: {origin[name]} is {next(types)}, {name} needs {next(types)}")
+    state = expected.adapt(state) if isinstance(expected, Template) else state
+    unexpected = {k: origin[k] for k in state if k not in expected}
     free = {name: name for name in expected if name not in state}
-    misfits.extend(f"unexpected: {origin[k]}{_nearest(k, free)}" for k in unexpected)
+    for name, like in expected.items():
+        if name not in state:
+            misfits.append(_Misfit(kind="missing", text=name, name=name, among=unexpected))
+        elif state[name].shape != like.shape:
+            got, want = tuple(state[name].shape), tuple(like.shape)
+            misfits.append(_Misfit(kind="shape", text=f"{origin[name]} is {got}, {name} needs {want}"))
+        elif (fitting := _as_type(state[name], like.dtype, name)) is None:
+            types = [str(d).removeprefix("torch.") for d in (state[name].dtype, like.dtype)]
+            misfits.append(_Misfit(kind="dtype", text=f"{origin[name]} is {types[0]}, {name} needs {types[1]}"))
+        else:
+            state[name] = fitting
+    misfits += [_Misfit(kind="unexpected", text=key, name=name, among=free) for name, key in unexpected.items()]
     return state, misfits
 
 
-def _nearest(name: str, candidates: Mapping[str, str]) -> str:
-    """Find the model key most like ``name`` and return how the file calls it."""
-    near = difflib.get_close_matches(name, list(candidates)[:200], n=1, cutoff=0.6)
-    return f" (nearest: {candidates[near[0]]})" if near else ""
+def _as_type(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor | None:
+    """Return a tensor in the model's type; ``None`` where that would change what it says.
+
+    Trainers that store everything in half precision also do it to counters and indices.
+    """
+    if dtype.is_floating_point:
+        return tensor if tensor.is_floating_point() else None
+    if name.endswith("num_batches_tracked"):  # counts training steps; inference never reads it
+        return tensor.to(dtype)
+    if tensor.is_floating_point() and bool((tensor.abs() > _EXACT).any()):
+        return None
+    whole = tensor.to(dtype)
+    return whole if torch.equal(whole.to(tensor.dtype), tensor) else None
 
 
 def _listed(names: list[str]) -> str:
