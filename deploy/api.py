@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deploy.comparing import BundleDiff
     from deploy.console import Console
+    from deploy.contents import BundleReport, CheckpointReport, EngineReport
+    from deploy.graph.inspection import GraphReport
     from deploy.recipe import Recipe
     from deploy.records import BenchRecord, ConversionRecord, PlanRecord, RunRecord, Stage, SystemRecord
 
@@ -54,7 +57,8 @@ def export(
     Args:
         system: A system (see ``systems``) or a recipe file (``*.yaml``).
         variant: Which size of it, e.g. ``"s12"``.
-        weights: A checkpoint file, ``"random"``, or ``"random:SEED"``.
+        weights: A file, ``"hf://OWNER/REPO[/FILE][@REVISION]"``, ``"https://...#sha256=..."``, ``"random[:SEED]"``, or
+            ``"pretrained"``: what the recipe names (``--pretrained``).
         size: ``224``, ``"384x512"`` or ``(384, 512)``: height, then width.
         batch: ``4``, or ``"1:8:32"``: smallest, tuned for, largest.
         precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``; the command line has a flag for each.
@@ -199,7 +203,7 @@ def verify(
 
     Args:
         bundle: Bundle folder.
-        weights: The checkpoint, when the bundle was made from a file that lies elsewhere now.
+        weights: As for ``export``; needed when the bundle was made from a file that lies elsewhere now.
         images: Folder of real photos, added to the deterministic inputs.
         console: Where progress goes; nowhere when left out.
 
@@ -213,7 +217,7 @@ def verify(
     """
     from deploy.bundles import verify_bundle
 
-    return verify_bundle(Path(bundle), _quiet(console), weights=_path(weights), images=_path(images))
+    return verify_bundle(Path(bundle), _quiet(console), weights=weights, images=_path(images))
 
 
 def benchmark(
@@ -230,7 +234,7 @@ def benchmark(
     Args:
         bundles: One bundle folder or several.
         baseline: Any of ``"eager"``, ``"compile"``, ``"naive"``; a sequence, or one text with commas.
-        weights: The checkpoint that the baselines need.
+        weights: As for ``verify``, for the baselines.
         seconds: Measure at least this long per candidate.
         threads: CPU threads of every candidate while measuring.
         console: Where progress goes; nowhere when left out.
@@ -245,7 +249,7 @@ def benchmark(
     from deploy.bundles import bench_bundles
 
     return bench_bundles(
-        _paths(bundles), _quiet(console), baselines=_listed(baseline) or (), weights=_path(weights),
+        _paths(bundles), _quiet(console), baselines=_listed(baseline) or (), weights=weights,
         seconds=seconds, threads=threads,
     )  # fmt: skip
 
@@ -276,6 +280,82 @@ def render(
         console.line(f"wrote {path}")
     console.result(FilesRecord(files=tuple(str(path) for path in files)))
     return files
+
+
+def inspect(
+    path: PathLike,
+    *,
+    batch: int | None = None,
+    axis: Mapping[str, int] | None = None,
+    depth: int = 2,
+    console: Console | None = None,
+) -> GraphReport | CheckpointReport | EngineReport | BundleReport:
+    """Say what an ONNX file, a checkpoint, an engine or a bundle holds.
+
+    Args:
+        path: ONNX file, checkpoint, engine of a bundle, or bundle folder.
+        batch: Count multiply-adds for this batch; 1 when left out.
+        axis: Sizes of other dynamic axes, e.g. ``{"height": 224}``.
+        depth: Components of the module path that are told apart.
+        console: Where the tables go; nowhere when left out.
+
+    Returns:
+        A report of the kind that fits what lies there.
+
+    Raises:
+        StorageError: Nothing is there, or it cannot be read.
+        GraphPassError: The file is not a whole ONNX model.
+        CheckpointError: The checkpoint cannot be read.
+        BundleError: The folder is no bundle, or a file of it was changed.
+        RecipeError: ``batch`` or ``axis`` name what is not dynamic.
+    """
+    from deploy.contents import inspect_path
+
+    return inspect_path(Path(path), _quiet(console), batch=batch, sizes=axis, depth=depth)
+
+
+def diff(
+    a: PathLike,
+    b: PathLike,
+    *,
+    fail_if: str | Sequence[str] = (),
+    strict: bool = False,
+    measure: bool = False,
+    seconds: float | None = None,
+    threads: int | None = None,
+    console: Console | None = None,
+) -> BundleDiff:
+    """Compare two bundles, with gates for CI.
+
+    Args:
+        a: The bundle before.
+        b: The bundle after: gates ask how it differs from ``a``.
+        fail_if: Gates: ``"latency>5%"`` (B against A), ``"ops>+10"`` (B - A), ``"error>0.01"`` (B); one or several.
+        strict: Count a gate inside the noise as fired.
+        measure: Time both engines now, interleaved, instead of comparing records.
+        seconds: With ``measure``: at least this long per candidate.
+        threads: With ``measure``: CPU threads of every candidate.
+        console: Where the tables go; nowhere when left out.
+
+    Returns:
+        What was asked, versions, precision, operators, errors and metrics, as far as they differ.
+
+    Raises:
+        BundleError: A folder is no bundle.
+        RecipeError: A gate that cannot be read.
+        BenchmarkError: A gate on something that was not measured.
+        GateError: A gate fired.
+    """
+    from deploy.bundles import bench_bundles
+    from deploy.comparing import diff_bundles
+    from deploy.gates import parse_gate
+
+    console, gates = _quiet(console), [fail_if] if isinstance(fail_if, str) else fail_if
+    for text in gates:
+        parse_gate(text)  # before the measurement
+    first, second = Path(a), Path(b)
+    measured = bench_bundles([first, second], console, seconds=seconds, threads=threads) if measure else None
+    return diff_bundles(first, second, console, fail_if=gates, strict=strict, measured=measured)
 
 
 def systems(*, console: Console | None = None) -> tuple[SystemRecord, ...]:

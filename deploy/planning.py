@@ -61,7 +61,7 @@ def plan_export(
     target = recipe.target or backend.target
     kept = preview(recipe, target, until, start or Stage.REPORT if reuse else Stage.MODEL)
     with console.step(Stage.MODEL.value) as step:
-        model = load_model(find_system(recipe.system), recipe, target).record
+        model = load_model(find_system(recipe.system), recipe, target, console).record
         step.note(model.weights.statement)
     choose_opset(recipe.trace.opset, target, recipe.trace.attention_op)
     earlier = earlier_runs(out.parent)

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli.app import Baselines, Bundles, Images, Json, Log, Quiet, Seconds, Threads, app, session
+from deploy.cli.app import Baselines, Bundles, Images, Json, Log, Quiet, Seconds, Threads, Weights, app, session
 
 
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    weights: Annotated[Path | None, typer.Option(help="The checkpoint, when the bundle was made from a file.")] = None,
+    weights: Weights = None,
     images: Images = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -30,7 +30,7 @@ def verify(
 def bench(
     bundles: Bundles,
     baseline: Baselines = None,
-    weights: Annotated[Path | None, typer.Option(help="The checkpoint that the baselines need.")] = None,
+    weights: Weights = None,
     seconds: Seconds = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -54,7 +54,6 @@ def report(
 ) -> None:
     """Render report.html and report.md again, from manifests alone; several bundles give a comparison."""
     with session(as_json, quiet, None) as console:
-        from deploy.report import render_bundles
+        from deploy.api import render
 
-        for path in render_bundles(bundles, out):
-            console.line(f"wrote {path}")
+        render(bundles, out=out, console=console)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deploy.cli import completing
-from deploy.cli.app import Baselines, Images, Json, Log, Quiet, Seconds, Threads, app, session
+from deploy.cli.app import Baselines, Images, Json, Log, Quiet, Seconds, Threads, Weights, app, session
 from deploy.records import Stage
 
 _STAGES = ", ".join(stage.value for stage in Stage)
@@ -30,7 +30,8 @@ Assignments = Annotated[
 def export(
     system: System,
     variant: Variant = None,
-    weights: Annotated[str | None, typer.Option(help="A checkpoint file, random, or random:SEED.")] = None,
+    weights: Weights = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Take the weights that the recipe names.")] = False,
     size: Annotated[str | None, typer.Option(help="224 or HEIGHTxWIDTH.")] = None,
     batch: Annotated[str | None, typer.Option(help="4, or min:opt:max such as 1:8:32.")] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Compute in float32 (default).")] = False,
@@ -74,12 +75,18 @@ def export(
         from deploy import api
 
         (api.plan if dry_run else api.export)(
-            system, variant=variant, weights=weights, size=size, batch=batch,
+            system, variant=variant, weights=_one_source(weights, pretrained), size=size, batch=batch,
             precision=_one_precision(fp32=fp32, fp16=fp16, bf16=bf16), backend=backend, target=target, sm=sm,
             device=device, out=out, images=images, baseline=baseline, seconds=seconds, threads=threads,
             set_=assignments or (), until=until, from_=start, reuse=not no_reuse,
             verify_each=verify_each, console=console,
         )  # fmt: skip
+
+
+def _one_source(weights: str | None, pretrained: bool) -> str | None:
+    if weights is not None and pretrained:
+        raise typer.BadParameter("got --weights and --pretrained; choose one")
+    return "pretrained" if pretrained else weights
 
 
 def _one_precision(**flags: bool) -> str | None:
