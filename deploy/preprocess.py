@@ -75,8 +75,8 @@ def preprocess(image: Path | Image.Image, size: tuple[int, int], spec: Preproces
     """Turn an image into the network's input.
 
     EXIF orientation is applied, the image is made RGB (an alpha channel is dropped, as torchvision's loader does), its
-    short edge is resized to ``floor(size / crop)``, the centre is cropped, and the pixels are scaled to 0..1 and
-    normalised.
+    short edge is resized to ``floor(size / crop)`` and the centre is cropped, or, with ``fit`` "stretch", both edges
+    are resized to the size; the pixels are scaled to 0..1 and normalised.
 
     Args:
         image: A file, or an opened image.
@@ -130,7 +130,8 @@ def _pixels(image: Image.Image, size: tuple[int, int], spec: Preprocess) -> NDAr
     upright = _rgb(ImageOps.exif_transpose(image))
     if 0 in upright.size:
         raise ValueError("it has no pixels")
-    height, width = resized((upright.height, upright.width), size, spec.crop)
+    whole = (upright.height, upright.width)
+    height, width = size if spec.fit == "stretch" else resized(whole, size, spec.crop)
     if height * width > _MAX_RESIZED_PIXELS:
         raise ValueError(
             f"{upright.width} x {upright.height} pixels would become {width} x {height} "

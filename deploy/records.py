@@ -148,11 +148,15 @@ class Drift:
 
 @record
 class Preprocess:
-    """How an image becomes the input: resize the short edge to size / crop, centre crop, scale to 0..1, normalise."""
+    """How an image becomes the input: fit it to the size, scale to 0..1, normalise.
+
+    ``fit`` "crop" resizes the short edge to size / crop and takes the centre; "stretch" resizes both edges to the size.
+    """
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     crop: float = 0.875
+    fit: str = "crop"
     interpolation: str = "bicubic"
 
 
@@ -248,7 +252,9 @@ class Audit:
     """What the engine really computes in, held against what was asked.
 
     ``evidence`` says where the figures come from (graph, session, build log, engine inspector). ``kernels`` counts
-    kernels by precision, ``fused`` counts fused kernels by kind (attention, norm, ...).
+    kernels by precision, ``fused`` counts fused kernels by kind (attention, norm, ...), ``expected`` the blocks of
+    the graph that should be fused. ``weights`` (parameters) and ``microseconds`` (one run) are by precision, and empty
+    where the evidence has none.
     """
 
     asked: Precision
@@ -257,6 +263,10 @@ class Audit:
     fused: Mapping[str, int]
     ok: bool
     statement: str
+    weights: Mapping[str, int] = field(default_factory=dict)
+    microseconds: Mapping[str, float] = field(default_factory=dict)
+    expected: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @record
@@ -272,6 +282,19 @@ class EngineRecord:
     audit: Audit
     options: Mapping[str, str]
     seconds: float
+
+
+@record
+class BuildRecord:
+    """An engine that was built from an ONNX file; the engine's name with ``.<backend>.json`` holds it."""
+
+    schema_version: int
+    effdeploy: str
+    created: str  # ISO 8601, UTC
+    model: Artifact
+    inputs: tuple[TensorSpec, ...]
+    engine: EngineRecord
+    environment: Environment
 
 
 @record

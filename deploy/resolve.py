@@ -131,6 +131,8 @@ def bench_options(recipe: Recipe) -> BenchOptions:
 
 def parity_inputs(system: System, recipe: Recipe) -> InputPack:
     """Make the deterministic pack, and add the recipe's photos."""
+    from deploy.models.base import specialised  # as in _mistakes
+
     system = specialised(system, recipe)
     photos = find_images(recipe.parity.images, recipe.parity.max_images) if recipe.parity.images else ()
     return pack(
@@ -140,6 +142,7 @@ def parity_inputs(system: System, recipe: Recipe) -> InputPack:
         batch=recipe.batch,
         seed=recipe.parity.seed,
         photos=photos,
+        extra=system.feeds,
     )
 
 

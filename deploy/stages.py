@@ -18,7 +18,7 @@ from deploy.console import Console
 from deploy.errors import CheckpointError
 from deploy.graph.pipeline import run_passes
 from deploy.models import find_system
-from deploy.models.base import Loaded, System, load_model, measure_drift
+from deploy.models.base import Loaded, System, load_model, measure_drift, specialised
 from deploy.parity.batch import check_batches, with_batches
 from deploy.parity.compare import check_parity
 from deploy.parity.inputs import InputPack

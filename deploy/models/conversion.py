@@ -25,6 +25,7 @@ from deploy.models.base import (
     graph_inputs,
     resolve_options,
     run_module,
+    specialised,
 )
 from deploy.models.checkpoint import Fitted, State, WeightMap, fit_checkpoint, read_checkpoint
 from deploy.recipe import Recipe
@@ -58,6 +59,7 @@ def convert_checkpoint(
         StorageError: the file exists, or cannot be written.
     """
     start = time.perf_counter()
+    system = specialised(system, recipe)
     names = layout_names(system)
     if to is not None and to not in names:
         raise UnknownNameError(f"{system.name} has no layout {to!r}", hint=did_you_mean(to, names))

@@ -10,6 +10,7 @@ from typing import Any
 from deploy import summary, units
 from deploy.records import RunRecord, Stage, TraceRecord, to_json
 from deploy.report.blocks import WARN, Block, Cell, Code, Details, Facts, Section, Table, Text, cells
+from deploy.report.equivalents import tensorrt_commands
 
 # What of a recipe has an option of its own; the precision is an option by itself.
 _OPTIONS = (
@@ -54,8 +55,9 @@ def environment(run: RunRecord) -> Section:
     e, w, p = run.environment, run.model.weights, run.model.preprocess
     machine = (("cpu", e.cpu), ("cores", str(e.cores)), ("gpu", e.gpu), ("platform", e.platform), ("python", e.python))
     weights = (("kind", w.kind), ("layout", w.layout), ("sha256", w.sha256)) if w.sha256 else (("kind", w.kind),)
+    fit = "stretched" if p.fit == "stretch" else f"crop {p.crop:g}"
     image = (
-        f"crop {p.crop:g}, {p.interpolation}, mean {', '.join(f'{v:g}' for v in p.mean)}, "
+        f"{fit}, {p.interpolation}, mean {', '.join(f'{v:g}' for v in p.mean)}, "
         f"std {', '.join(f'{v:g}' for v in p.std)}"
     )
     rows = [
@@ -90,6 +92,9 @@ def reproduce(run: RunRecord) -> Section:
     if polygraphy := polygraphy_commands(run):
         words = "Without effdeploy, in the bundle's folder: typed file against traced file on the same seeded inputs."
         blocks += [Text(text=words), Code(text=polygraphy)]
+    if tensorrt := tensorrt_commands(run):
+        words = "The TensorRT engines with NVIDIA's tools: build, time, compare; trtexec comes with TensorRT's own packages."
+        blocks += [Text(text=words), Code(text=tensorrt)]
     return Section(slug="reproduce", title="Reproduce", blocks=tuple(blocks))
 
 

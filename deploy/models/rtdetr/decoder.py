@@ -81,9 +81,7 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(memory).transpose(1, 2)
         maps = [
             part.reshape(batch * self.heads, dim // self.heads, height, width)
-            for part, (height, width) in zip(
-                value.split([h * w for h, w in self.sizes], 2), self.sizes, strict=True
-            )
+            for part, (height, width) in zip(value.split([h * w for h, w in self.sizes], 2), self.sizes, strict=True)
         ]
         offsets = self.sampling_offsets(query).reshape(batch, queries, self.heads, total, 2)
         share = torch.tensor([1 / n for n in self.points for _ in range(n)], dtype=query.dtype, device=query.device)

@@ -146,5 +146,3 @@ def _values(layers: Sequence[DecoderLayer], weight: Tensor, bias: Tensor) -> nn.
     composed = torch.cat([p.weight.double() @ weight for p in projections])
     shift = torch.cat([p.weight.double() @ bias + p.bias.double() for p in projections])
     return pointwise(composed.to(dtype), shift.to(dtype))
-
-

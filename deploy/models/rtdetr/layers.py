@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import cast
 
@@ -99,7 +100,7 @@ class Mlp(nn.Module):
     def __init__(self, channels: int, hidden: int, out: int, depth: int) -> None:
         super().__init__()
         sizes = [channels, *[hidden] * (depth - 1), out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layers."""

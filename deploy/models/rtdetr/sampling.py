@@ -136,5 +136,12 @@ def gather_columns(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(2, index + torch.zeros(1, values.shape[1], 1, dtype=torch.int64, device=index.device))
 
 
+KNOWN_BAD: Mapping[str, str] = {
+    "TensorRT 10.14 and 11.1": "https://github.com/NVIDIA/TensorRT/issues/4813",
+    "TensorRT 10.13 (RT-DETRv2 and D-FINE engines)": "https://github.com/lightly-ai/lightly-train/pull/917",
+    "TensorRT of JetPack 7 other than 10.15": "https://github.com/ultralytics/ultralytics/issues/22873",
+}
+"""Versions whose GridSample engines build and run, and detect something else, and where that was reported."""
+
 Sampling = Callable[[Sequence[MapSize], Sequence[int]], nn.Module]
 BILINEAR: Mapping[str, Sampling] = {"grid_sample": GridSampling, "gather": GatherSampling}

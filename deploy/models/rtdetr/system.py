@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from deploy.errors import RecipeError, did_you_mean
+from deploy.models.base import Flag, Form, System, Variant
+from deploy.models.checkpoint import State
 from deploy.models.rtdetr.backbone import HGNet, ResNet
-from deploy.models.rtdetr.decoder import Decoder
+from deploy.models.rtdetr.decoder import STRIDES, Decoder
 from deploy.models.rtdetr.deploy import DeployDecoder
 from deploy.models.rtdetr.encoder import HybridEncoder
 from deploy.models.rtdetr.layers import folded
-from deploy.records import Target
+from deploy.models.rtdetr.sampling import BILINEAR
+from deploy.models.rtdetr.weights import RELAYOUTS, UNREAD, WEIGHT_MAPS
+from deploy.records import Target, TensorSpec
 
-FORMS = {Target.ONNXRUNTIME: "grid_sample", Target.TENSORRT: "gather"}
+SAMPLING = {Target.ONNXRUNTIME: "grid_sample", Target.TENSORRT: "gather"}
+_FEATURES = ("s3", "s4", "s5")
 
 
 class RTDETR(nn.Module):
@@ -123,7 +131,7 @@ def to_deploy(model: nn.Module, target: Target) -> nn.Module:
     """Return the folded copy for a target, in the dtype of ``model``; ``model`` stays untouched."""
     source = cast(RTDETR, model)
     options = source.options
-    form = FORMS[target] if options["sampling"] == "auto" else options["sampling"]
+    form = SAMPLING[target] if options["sampling"] == "auto" else options["sampling"]
     with torch.no_grad():
         encoder = folded(source.encoder)
         if isinstance(source, EncoderPart):
@@ -132,3 +140,149 @@ def to_deploy(model: nn.Module, target: Target) -> nn.Module:
         return type(source)(folded(source.backbone), encoder, decoder, options)
 
 
+def adapt(state: State, options: Mapping[str, Any], size: tuple[int, int]) -> State:
+    """Drop what inference never reads or computes itself: counters of norms, anchors, the heads' second names."""
+    return {key: tensor for key, tensor in state.items() if not UNREAD.fullmatch(key)}
+
+
+def interface(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the graph takes and gives: detections, raw predictions, or the encoder's maps.
+
+    Raises:
+        RecipeError: an option's value that is none of its choices.
+    """
+    for key, known in _CHOICES.items():
+        if options[key] not in known:
+            raise RecipeError(
+                f"options.{key}: got {options[key]!r}, expected one of {', '.join(known)}",
+                hint=did_you_mean(str(options[key]), known),
+            )
+    if options["part"] == "encoder":
+        channels = _channels(options)
+        specs = tuple(
+            TensorSpec(name=name, dtype="float32", shape=("batch", c, f"height/{stride}", f"width/{stride}"))
+            for name, c, stride in zip(_FEATURES, channels, STRIDES, strict=True)
+        )
+        feeds = {spec.name: _feature_maker(i, c) for i, (spec, c) in enumerate(zip(specs, channels, strict=True))}
+        return {"inputs": specs, "outputs": ("p3", "p4", "p5"), "task": "maps", "feeds": feeds}
+    if options["head"] == "raw":
+        return {"inputs": (_IMAGES,), "outputs": ("pred_logits", "pred_boxes"), "task": "queries"}
+    return {}
+
+
+def original_sizes(images: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Make up original sizes (width, height) of images [n,3,H,W]: no two of a batch alike, none square."""
+    count, _, height, width = images.shape
+    rows = np.arange(count, dtype=np.int64)
+    return np.stack([width + 96 + 32 * rows, height + 64 * rows], 1)
+
+
+def _channels(options: Mapping[str, Any]) -> list[int]:
+    with torch.device("meta"):
+        return _backbone(options).channels
+
+
+def _feature_maker(level: int, channels: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """Return a function that makes a backbone-like map of images: averaged, mixed over colours, cut off at zero."""
+
+    def make(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        stride = STRIDES[level]
+        count, colours, height, width = images.shape
+        cells = images.reshape(count, colours, height // stride, stride, width // stride, stride)
+        mixing = np.random.default_rng([level, channels]).standard_normal((channels, colours)).astype(np.float32)
+        mixed = np.einsum("kc,nchw->nkhw", mixing, cells.mean((3, 5)))
+        return np.maximum(mixed, 0).astype(np.float32)
+
+    return make
+
+
+_CHOICES = {
+    "head": ("detections", "raw"),
+    "part": ("all", "encoder"),
+    "sampling": ("auto", *BILINEAR),
+    "position": ("checkpoint", "official", "huggingface"),
+}
+_COMMON = {
+    "heads": 8, "csp_depth": 3, "decoder_hidden": 256, "decoder_ffn": 1024, "eval_idx": -1, "points": [4, 4, 4],
+    "queries": 300, "discrete": False, "position": "checkpoint", "sampling": "auto", "head": "detections",
+    "part": "all", "top_k": 300, "score_threshold": 0.0,
+}  # fmt: skip
+_WIDE = {"hidden": 256, "ffn": 1024, "expansion": 1.0, "decoder_layers": 6}
+_WIDER = {**_WIDE, "hidden": 384, "ffn": 2048}
+_NARROW = {**_WIDE, "expansion": 0.5}
+_R18 = {"backbone": "basic", "depths": [2, 2, 2, 2], "width": 64, **_NARROW, "decoder_layers": 3}
+_R34 = {"backbone": "basic", "depths": [3, 4, 6, 3], "width": 64, **_NARROW, "decoder_layers": 4}
+_R50 = {"backbone": "bottleneck", "depths": [3, 4, 6, 3], "width": 64, **_WIDE}
+_R50_M = {**_R50, **_NARROW, "eval_idx": 2}
+_R101 = {"backbone": "bottleneck", "depths": [3, 4, 23, 3], "width": 64, **_WIDER}
+_L = {
+    "backbone": "hgnetv2", "stem": [32, 48], "widths": [48, 96, 192, 384], "outs": [128, 512, 1024, 2048],
+    "depths": [1, 1, 3, 1], "hg_layers": 6, **_WIDE,
+}  # fmt: skip
+_X = {
+    "backbone": "hgnetv2", "stem": [32, 64], "widths": [64, 128, 256, 512], "outs": [128, 512, 1024, 2048],
+    "depths": [1, 2, 5, 2], "hg_layers": 6, **_WIDER,
+}  # fmt: skip
+_TINY = {
+    **_COMMON, "backbone": "basic", "depths": [1, 1, 1, 1], "width": 8, "hidden": 32, "heads": 4, "ffn": 48,
+    "expansion": 0.5, "csp_depth": 1, "decoder_hidden": 32, "decoder_ffn": 48, "decoder_layers": 2,
+    "points": [3, 2, 1], "queries": 12, "top_k": 10,
+}  # fmt: skip
+
+
+def _variant(architecture: Mapping[str, Any], summary: str, *, discrete: bool = False) -> Variant:
+    return Variant(options={**_COMMON, **architecture, "discrete": discrete}, summary=summary)
+
+
+_IMAGES = TensorSpec(name="images", dtype="float32", shape=("batch", 3, "height", "width"))
+
+SYSTEM = System(
+    name="rtdetr",
+    task="detection",
+    paper="DETRs Beat YOLOs on Real-time Object Detection, CVPR 2024, arXiv 2304.08069; RT-DETRv2: arXiv 2407.17140",
+    variants={
+        "r18vd": _variant(_R18, "release: 46.5 AP"),
+        "r34vd": _variant(_R34, "release: 48.9 AP"),
+        "r50vd_m": _variant(_R50_M, "release: 51.3 AP; six decoder layers, three of them used"),
+        "r50vd": _variant(_R50, "release: 53.1 AP"),
+        "r101vd": _variant(_R101, "release: 54.3 AP"),
+        "r18": _variant(_R18, "v2, release: 48.1 AP"),
+        "r34": _variant(_R34, "v2, release: 49.9 AP"),
+        "r50_m": _variant(_R50_M, "v2, release: 51.9 AP; six decoder layers, three of them used"),
+        "r50": _variant(_R50, "v2, release: 53.4 AP"),
+        "r101": _variant(_R101, "v2, release: 54.3 AP"),
+        "r18_dsp": _variant(_R18, "v2 with discrete sampling, release: 47.4 AP", discrete=True),
+        "r34_dsp": _variant(_R34, "v2 with discrete sampling, release: 49.2 AP", discrete=True),
+        "r50_m_dsp": _variant(_R50_M, "v2 with discrete sampling, release: 51.4 AP", discrete=True),
+        "r50_dsp": _variant(_R50, "v2 with discrete sampling, release: 52.9 AP", discrete=True),
+        "hgnetv2_l": _variant(_L, "v2's configuration; 53.0 AP in the first release"),
+        "hgnetv2_x": _variant(_X, "v2's configuration; 54.8 AP in the first release"),
+        "tiny": Variant(options=_TINY, summary="for tests"),
+    },
+    build=build,
+    weight_maps=WEIGHT_MAPS,
+    to_deploy=to_deploy,
+    forms={
+        Target.ONNXRUNTIME: Form(
+            name="composed projections, boxes as logits, GridSample",
+            reason="GridSample is the fastest sampling on ONNX Runtime's CPU provider",
+        ),
+        Target.TENSORRT: Form(
+            name="composed projections, boxes as logits, sampling by Gather",
+            reason="GridSample engines of some TensorRT versions build, run and detect something else "
+            "(deploy.models.rtdetr.sampling.KNOWN_BAD); a Gather is right on all of them",
+        ),
+    },
+    recipe={"system": "rtdetr", "variant": "r18", "size": 640},
+    relayouts=RELAYOUTS,
+    stride=32,
+    inputs=(_IMAGES, TensorSpec(name="orig_target_sizes", dtype="int64", shape=("batch", 2))),
+    outputs=("labels", "boxes", "scores"),
+    adapt=adapt,
+    feeds={"orig_target_sizes": original_sizes},
+    interface=interface,
+    flags=(
+        Flag(name="head", key="options.head", help="detections, or raw for logits and boxes of the queries"),
+        Flag(name="part", key="options.part", help="all, or encoder for the hybrid encoder alone"),
+    ),
+)

@@ -101,9 +101,12 @@ _FACE_BACK: Rules = (
     (r"^", "model."),
 )
 
-_COUNTERS = r".*\.num_batches_tracked"
-_TABLES = r"decoder\.(anchors|valid_mask)|.*\.(num|n)_points_scale"  # computed, and only for the size of the training
-_ALIASES = r"(class_embed|bbox_embed)\..*"  # the decoder's own heads under a second name
+UNREAD = re.compile(
+    r".*\.num_batches_tracked"  # counts training steps
+    r"|decoder\.(?:anchors|valid_mask)|.*\.(?:num|n)_points_scale"  # computed, for the size that is exported
+    r"|(?:class_embed|bbox_embed)\..*"  # the decoder's own heads under a second name
+)
+"""Checkpoint keys, in our names, that are not needed."""
 
 
 def _renaming(rules: Rules) -> Callable[[str], str]:
@@ -117,18 +120,16 @@ def _renaming(rules: Rules) -> Callable[[str], str]:
     return rename
 
 
-def _map(name: str, layout: str, there: Rules, back: Rules, *unread: str) -> WeightMap:
-    return WeightMap(
-        name=name, layout=layout, rename=_renaming(there), inverse=_renaming(back), unread="|".join((_COUNTERS, *unread))
-    )
+def _map(name: str, layout: str, there: Rules, back: Rules) -> WeightMap:
+    return WeightMap(name=name, layout=layout, rename=_renaming(there), inverse=_renaming(back))
 
 
 WEIGHT_MAPS = (
     _map("official v1", OFFICIAL, _FIRST, _FIRST_BACK),
-    _map("official v2", OFFICIAL, _SECOND, _SECOND_BACK, _TABLES),
+    _map("official v2", OFFICIAL, _SECOND, _SECOND_BACK),
     _map("official v1, converted", CONVERTED, _FIRST, _FIRST_BACK),
-    _map("official v2, converted", CONVERTED, _SECOND, _SECOND_BACK, _TABLES),
-    _map("Hugging Face", HUGGING_FACE, _FACE, _FACE_BACK, _TABLES, _ALIASES),
+    _map("official v2, converted", CONVERTED, _SECOND, _SECOND_BACK),
+    _map("Hugging Face", HUGGING_FACE, _FACE, _FACE_BACK),
 )
 
 _PACKED = re.compile(r"^(.*\.self_attn)\.in_proj_(weight|bias)$")
