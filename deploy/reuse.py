@@ -12,6 +12,7 @@ import datetime
 import functools
 import hashlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -220,8 +221,12 @@ def weights_identity(recipe: Recipe) -> str:
     if source.kind == "random":
         return f"random {source.seed}"
     if source.kind == "file" and (path := Path(source.location)).is_file():
-        return f"{path.name} {sha256_of(path)}"
-    return text if len(source.sha256) == 64 else f"{text} ({secrets.token_hex(8)})"
+        digest = sha256_of(path)
+        if digest.startswith(source.sha256):  # else it must be loaded, to be refused
+            return f"{path.name} {digest}"
+    elif len(source.sha256) == 64 or re.fullmatch(r"[0-9a-f]{40}", source.revision):
+        return text
+    return f"{text} ({secrets.token_hex(8)})"
 
 
 def resolve_once(name_or_file: str, options: Mapping[str, tuple[str, Any]], assignments: Sequence[str]) -> Recipe:
