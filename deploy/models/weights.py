@@ -35,6 +35,9 @@ def _draw(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
         values = stream.uniform(0.5, 1.5, shape) if leaf == "running_var" else stream.uniform(0.1, 1.0, shape)
         return torch.from_numpy(values.astype(np.float32).reshape(shape))
     normal = stream.standard_normal(shape, dtype=np.float32)
+    if leaf.endswith("_token") or leaf.startswith("pos_embed"):
+        # Learned tokens and positions are added to activations of order one: as small weights they would not matter.
+        return torch.from_numpy(normal * np.float32(0.5))
     if len(shape) >= 2:
         # Unit gain: the variance of a sum of fan-in products of unit-variance terms is the fan-in.
         return torch.from_numpy(normal / np.float32(np.sqrt(max(1, int(np.prod(shape[1:]))))))
