@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from deploy import summary, units
 from deploy.artifacts import MANIFEST, open_artifact, read_manifest
@@ -189,7 +190,7 @@ def fitting(checkpoint: Checkpoint) -> tuple[tuple[str, ...], str]:
     return tuple(fits), "" if fits else nearest
 
 
-def _agreement(system: System, tensors: State, template: partial[State]) -> tuple[int, int]:
+def _agreement(system: System, tensors: State, template: Callable[[str], Mapping[str, Any]]) -> tuple[int, int]:
     """Return how many tensors of the best layout have their name and shape, and how many it has."""
     found = []
     for weight_map in system.weight_maps:

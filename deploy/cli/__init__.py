@@ -3,6 +3,7 @@
 from deploy.cli import export  # isort: skip - `--help` lists commands in the order of these imports
 from deploy.cli import bundles, catalogue  # isort: skip
 from deploy.cli import convert, inspect  # isort: skip
+from deploy.cli import diff  # isort: skip
 from deploy.cli.app import app, main
 
-__all__ = ["app", "bundles", "catalogue", "convert", "export", "inspect", "main"]
+__all__ = ["app", "bundles", "catalogue", "convert", "diff", "export", "inspect", "main"]

@@ -237,7 +237,7 @@ def _described(value: onnx.ValueInfoProto) -> tuple[str, Shape | None]:
 
 
 def _dtype(number: int) -> str:
-    name = onnx.TensorProto.DataType.Name(number).lower()
+    name: str = onnx.TensorProto.DataType.Name(number).lower()
     return {"float": "float32", "double": "float64", "undefined": "unknown"}.get(name, name)
 
 
