@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
+from deploy.backends.base import DeviceTimer
 from deploy.errors import BenchmarkError, EffdeployError
 from deploy.records import BenchRecord, Latency, Ratio
 
@@ -47,6 +48,7 @@ class BenchCandidate:
         build_seconds: Time to build or compile it, measured by the caller.
         peak_memory: Bytes, from ``peak_memory_of``; 0 when not measured.
         note: Shown beside its row.
+        timer: Measures a call itself, by the clock of a device; the wall clock around ``call`` otherwise.
     """
 
     name: str
@@ -57,6 +59,7 @@ class BenchCandidate:
     build_seconds: float = 0.0
     peak_memory: int = 0
     note: str = ""
+    timer: DeviceTimer | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,9 +153,7 @@ def _warm_up(track: _Track, options: BenchOptions, clocks: Clocks) -> None:
     begin = clocks.wall()
     spent: list[int] = []
     while len(spent) < 3 or clocks.wall() - begin < options.warmup_seconds * 1e9:
-        before = clocks.wall()
-        _call(track.candidate)
-        spent.append(clocks.wall() - before)
+        spent.append(_elapsed(track.candidate, clocks))
     if (typical := statistics.median(spent)) <= 0:
         raise BenchmarkError(
             f"{track.candidate.name}: a call takes no measurable time",
@@ -161,9 +162,16 @@ def _warm_up(track: _Track, options: BenchOptions, clocks: Clocks) -> None:
     track.calls = max(1, min(1000, round(options.slice_seconds * 1e9 / typical)))
 
 
-def _call(candidate: BenchCandidate) -> None:
+def _elapsed(candidate: BenchCandidate, clocks: Clocks) -> int:
+    """Run one call and return its nanoseconds, by the candidate's own clock where it has one."""
+    before = clocks.wall()
+    result = _call(candidate)
+    return clocks.wall() - before if candidate.timer is None else cast(int, result)
+
+
+def _call(candidate: BenchCandidate) -> object:
     try:
-        candidate.call()
+        return candidate.call() if candidate.timer is None else candidate.timer.call()
     except EffdeployError:
         raise
     except Exception as error:
@@ -200,9 +208,7 @@ def _slice(track: _Track, clocks: Clocks) -> None:
     walls = []
     process, thread = clocks.process(), clocks.thread()
     for _ in range(track.calls):
-        before = clocks.wall()
-        _call(track.candidate)
-        walls.append(clocks.wall() - before)
+        walls.append(_elapsed(track.candidate, clocks))
     used = clocks.thread() - thread
     track.process_cpu += clocks.process() - process
     track.thread_cpu += used
@@ -251,7 +257,7 @@ def _latency(track: _Track) -> Latency:
         throughput=c.batch / (p50 / 1e3),
         peak_memory=c.peak_memory,
         build_seconds=c.build_seconds,
-        note="; ".join(part for part in (c.note, thinned) if part),
+        note="; ".join(part for part in (c.note, c.timer.findings() if c.timer else "", thinned) if part),
         calls=len(ms),
     )
 
@@ -275,6 +281,7 @@ def _ratio(engine: _Track, baseline: _Track, cpu: bool) -> Ratio:
 def _warnings(track: _Track) -> Iterator[str]:
     c, wall = track.candidate, np.asarray(track.wall, np.float64)
     label = f"{c.name}, batch {c.batch}"
+    yield from (f"{label}: {warning}" for warning in (c.timer.warnings() if c.timer else ()))
     if (cov := float(wall.std() / wall.mean())) > COV_LIMIT:
         busy = track.thread_cpu / float(wall.sum())
         load = (
@@ -295,12 +302,16 @@ def _warnings(track: _Track) -> Iterator[str]:
 def _method(tracks: list[_Track], options: BenchOptions, cpu: bool) -> str:
     threads = ", ".join(sorted({str(t.candidate.threads or "default") for t in tracks}))
     calls = ", ".join(f"{t.candidate.name} (batch {t.candidate.batch}) {t.calls}" for t in tracks)
+    device = (
+        " (of a candidate on a device: the time that its note names)" if any(t.candidate.timer for t in tracks) else ""
+    )
     clock = "CPU time of the calling thread, mean of the turn" if cpu else "wall time, median of the turn"
     return (
         f"Warm-up {options.warmup_seconds:g} s each; then {len(tracks[0].round_wall)} rounds in which the candidates "
         f"take turns, the order rotated and reversed from round to round; calls a turn: {calls}, after one unrecorded "
-        f"call where there is more than one. Latency: wall time of one call, host to host, garbage collection off, "
-        f"threads: {threads}. Ratio: formed in each round ({clock}), then the median over the rounds with p10 and p90."
+        f"call where there is more than one. Latency: wall time of one call, host to host{device}, garbage collection "
+        f"off, threads: {threads}. Ratio: formed in each round ({clock}), then the median over the rounds with p10 and "
+        "p90."
     )
 
 

@@ -21,19 +21,19 @@ from torch import nn
 
 from deploy.artifacts import open_artifact
 from deploy.backends import load_backend
-from deploy.backends.base import Array, BuildOptions, Feeds, Runner
+from deploy.backends.base import Array, BuildOptions, DeviceTimed, DeviceTimer, Feeds, Runner
 from deploy.backends.onnxruntime import open_model
+from deploy.backends.timing_cache import cache_folder
 from deploy.bench import BenchCandidate, peak_memory_of
 from deploy.errors import BenchmarkError
 from deploy.graph.io import load_model, save_model
 from deploy.models import find_system
-from deploy.models.base import Loaded, graph_inputs, run_module
+from deploy.models.base import Loaded, graph_inputs, run_module, specialised
 from deploy.parity.compare import Candidate
 from deploy.precision.emulate import emulated
 from deploy.recipe import Recipe
-from deploy.records import Artifact, EngineRecord, Precision
+from deploy.records import Artifact, EngineRecord, Precision, TensorSpec
 from deploy.trace import bare_export
-
 
 DEPLOY_FORM, ENGINE = "deploy form", "engine"  # names of stages
 
@@ -61,17 +61,28 @@ class TorchRunner:
 
 def build_options(recipe: Recipe) -> BuildOptions:
     """Return what a backend is asked for by this recipe."""
+    return engine_options(recipe, graph_inputs(specialised(find_system(recipe.system), recipe), recipe.size))
+
+
+def engine_options(recipe: Recipe, inputs: tuple[TensorSpec, ...]) -> BuildOptions:
+    """Return what a backend is asked for by a recipe's precision, batch, engine and threads, for these graph inputs."""
     engine = recipe.engine
     return BuildOptions(
         precision=recipe.precision,
         batch=recipe.batch,
-        inputs=graph_inputs(find_system(recipe.system), recipe.size),
+        inputs=inputs,
         sm=engine.sm,
         threads=recipe.bench.threads,
         level=engine.level,
         workspace=engine.workspace,
         tf32=engine.tf32,
         device=engine.device,
+        profiles=engine.profiles,
+        timing_cache=cache_folder() if engine.timing_cache else None,
+        version_compatible=engine.version_compatible,
+        hardware=engine.hardware,
+        refit=engine.refit,
+        strip=engine.strip,
     )
 
 
@@ -160,10 +171,9 @@ def bench_candidates(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_threads(recipe.bench.threads))
         opened = [_open_for_timing(stack, _engine(engine, folder, options), feeds) for engine in usable]
-        found = [
-            _bench_candidate(engine_name(engine, engines), once, feeds, options)
-            for engine, once in zip(usable, opened, strict=True)
-        ]
+        found: list[BenchCandidate] = []
+        for engine, once in zip(usable, opened, strict=True):
+            found += _engine_candidates(stack, engine_name(engine, engines), once, feeds, options)
         for name in recipe.bench.baselines if loaded else ():
             make = partial(BASELINES[name], cast(Loaded, loaded), options, feeds)
             once = _open_for_timing(stack, make, feeds)
@@ -206,6 +216,23 @@ def _bench_candidate(name: str, opened: _Opened, feeds: Feeds, options: BuildOpt
         peak_memory=opened.memory,
         note=note or getattr(runner, "latency_note", ""),
     )
+
+
+def _engine_candidates(
+    stack: contextlib.ExitStack, name: str, opened: _Opened, feeds: Feeds, options: BuildOptions
+) -> list[BenchCandidate]:
+    """Time an engine by its device's clock where it runs on a GPU and can be timed so; else from host to host."""
+    from_host = _bench_candidate(name, opened, feeds, options)
+    if opened.runner.device == "cpu" or not isinstance(opened.runner, DeviceTimed):
+        return [from_host]
+    timers = stack.enter_context(opened.runner.device_timers(feeds))
+    on_device = [_on_device(from_host, timer) for timer in timers]
+    return [*on_device, dataclasses.replace(from_host, name=f"{name}, from the host")]
+
+
+def _on_device(candidate: BenchCandidate, timer: DeviceTimer) -> BenchCandidate:
+    name = f"{candidate.name}, {timer.name}" if timer.name else candidate.name
+    return dataclasses.replace(candidate, name=name, call=timer.call, timer=timer, note=timer.note)
 
 
 @contextlib.contextmanager

@@ -129,6 +129,28 @@ class Console:
 
             yield advance
 
+    @contextlib.contextmanager
+    def phases(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Show a long step whose phases announce themselves and may nest; call what is given with (phase, done, total).
+
+        A phase begins with its first call and ends with the call in which done is total.
+        """
+        with contextlib.ExitStack() as all_phases:
+            shown: dict[str, tuple[contextlib.ExitStack, Callable[[int], None], int]] = {}
+
+            def report(phase: str, done: int, total: int) -> None:
+                if phase not in shown:
+                    own = all_phases.enter_context(contextlib.ExitStack())
+                    shown[phase] = (own, own.enter_context(self.progress(total, phase)), 0)
+                own, advance, before = shown[phase]
+                advance(done - before)
+                shown[phase] = (own, advance, done)
+                if done >= total:
+                    del shown[phase]
+                    own.close()
+
+            yield report
+
     def line(self, text: str = "", tone: str = "") -> None:
         """Write one line for people; ``tone`` is good, bad, warn, quiet or strong. Quiet mode drops it."""
         if not self._terse:

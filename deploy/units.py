@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 NOT_MEASURED = "not measured"
 
@@ -67,6 +68,30 @@ def size(value: int) -> str:
     if value < 1000:
         return f"{value} B"
     return f"{number(value / 1e3)} kB" if value < 1_000_000 else f"{number(value / 1e6)} MB"
+
+
+_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_BYTES |= {"k": 2**10, "m": 2**20, "g": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def bytes_of(text: str | int) -> int:
+    """Read a size: ``4GiB``, ``512 MB``, ``1048576``; bare ``K``, ``M`` and ``G`` are binary, as trtexec reads them.
+
+    Raises:
+        ValueError: not a whole number with one of these units.
+    """
+    found = re.fullmatch(r"(\d+)\s*([a-z]*)", str(text).strip().lower())
+    if isinstance(text, bool) or found is None or found[2] not in _BYTES:
+        raise ValueError(f"got {text!r}, expected bytes or a size such as 4GiB or 512MB")
+    return int(found[1]) * _BYTES[found[2]]
+
+
+def binary(value: int) -> str:
+    """Format bytes in the largest binary unit that is exact: ``4 GiB``, ``1536 MiB``, ``1000 B``."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value and value % 2**power == 0:
+            return f"{value >> power} {unit}"
+    return f"{value} B"
 
 
 def percent(share: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import uuid
 from dataclasses import dataclass
 
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: compute capability
@@ -12,10 +13,11 @@ _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: compute capability
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """The first visible GPU: its name and compute capability, e.g. 89 for 8.9."""
+    """The first visible GPU: its name, compute capability (89 for 8.9), and the UUID that tools know it by."""
 
     name: str
     sm: int
+    uuid: str = ""
 
 
 @functools.cache
@@ -37,4 +39,15 @@ def first_gpu() -> Gpu | None:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         capability.append(value.value)
-    return Gpu(name=name.value.decode(errors="replace"), sm=capability[0] * 10 + capability[1])
+    return Gpu(
+        name=name.value.decode(errors="replace"), sm=capability[0] * 10 + capability[1], uuid=_uuid(driver, device)
+    )
+
+
+def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str:
+    """Ask for the UUID: CUDA's number of a GPU and nvidia-smi's differ under ``CUDA_VISIBLE_DEVICES``."""
+    value = (ctypes.c_ubyte * 16)()
+    ask = getattr(driver, "cuDeviceGetUuid_v2", None) or getattr(driver, "cuDeviceGetUuid", None)
+    if ask is None or ask(value, device):
+        return ""
+    return f"GPU-{uuid.UUID(bytes=bytes(value))}"

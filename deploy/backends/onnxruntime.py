@@ -22,7 +22,7 @@ import numpy as np
 
 from deploy.artifacts import artifact_of, open_artifact
 from deploy.backends.audit import audited, graph_types
-from deploy.backends.base import Array, BuildOptions, Feeds
+from deploy.backends.base import Array, BuildOptions, DeviceTimer, Feeds
 from deploy.backends.feeds import check_feeds, example_feeds
 from deploy.backends.gpu import first_gpu
 from deploy.backends.ort_profile import Event, audit_profile, kernels_of, node_times, read_events
@@ -90,6 +90,25 @@ class OnnxRuntimeBackend:
         except ImportError as error:
             return f"onnxruntime cannot be imported ({error}); pip install onnxruntime-gpu, or onnxruntime off x86-64"
         return None
+
+    def check(self, options: BuildOptions) -> None:
+        """Refuse what only TensorRT has.
+
+        Raises:
+            BackendUnavailableError: several profiles, compatibility levels, refitting or stripping were asked for.
+        """
+        asked = {
+            "compute capabilities": bool(options.sm),
+            "optimisation profiles": len(options.profiles) > 1,
+            "version compatibility": options.version_compatible,
+            "hardware compatibility": options.hardware != "none",
+            "refitting or stripping weights": options.refit or options.strip,
+        }
+        if names := [name for name, wanted in asked.items() if wanted]:
+            raise BackendUnavailableError(
+                f"ONNX Runtime has no {', no '.join(names)}: its engine is the ONNX file, for every batch and machine",
+                hint="leave the option out, or --backend tensorrt on the target machine",
+            )
 
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
         """Open a session on ``model``, run it once under the profiler and audit its kernels.
@@ -189,6 +208,24 @@ class OnnxRuntimeRunner:
             values = self._session.run(self._outputs, dict(feeds))
         return dict(zip(self._outputs, values, strict=True))
 
+    @contextlib.contextmanager
+    def device_timers(self, feeds: Feeds) -> Iterator[Sequence[DeviceTimer]]:
+        """Bind ``feeds`` and the outputs to the device that the session runs on, and give one way to time it.
+
+        Raises:
+            SizeError: the feeds do not fit the engine's inputs.
+            EngineBuildError: ONNX Runtime cannot bind or run.
+        """
+        check_feeds(self.inputs, feeds)
+        place = self.device.split(":")[0]
+        with _translated("bind inputs and outputs"):
+            binding = self._session.io_binding()
+            for name, value in feeds.items():
+                binding.bind_ortvalue_input(name, self._runtime.OrtValue.ortvalue_from_numpy(value, place, 0))
+            for name in self._outputs:
+                binding.bind_output(name, place, 0)
+        yield [_BoundTimer(self._session, binding)]
+
     def profile(self, feeds: Feeds, runs: int = 5) -> dict[str, float]:
         """Return node name -> median microseconds over ``runs``, from ONNX Runtime's profiler in a session of its own.
 
@@ -210,6 +247,36 @@ class OnnxRuntimeRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del self._session  # frees its memory pools now; the next candidate is measured in the same process
+
+
+class _BoundTimer:
+    """Wall time of a run whose inputs and outputs stay on the device; its end is waited for."""
+
+    name = ""
+    note = "inputs and outputs bound to the device, copies left out; wall time until the device is done"
+
+    def __init__(self, session: Any, binding: Any) -> None:
+        self._session, self._binding = session, binding
+
+    def call(self) -> int:
+        """Run once and return the nanoseconds.
+
+        Raises:
+            EngineBuildError: a kernel failed.
+        """
+        with _translated("run the graph"):
+            before = time.perf_counter_ns()
+            self._session.run_with_iobinding(self._binding)
+            self._binding.synchronize_outputs()
+            return time.perf_counter_ns() - before
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return nothing: ONNX Runtime shows no more than the time."""
+        return ()
+
+    def findings(self) -> str:
+        """Return nothing: ONNX Runtime shows no more than the time."""
+        return ""
 
 
 def _refuse_bf16(options: BuildOptions, device: str) -> None:

@@ -4,7 +4,11 @@ Precision comes from the graph alone: no precision flag, no calibrator and no pe
 is used on 10 either. On 10 a network without STRONGLY_TYPED would silently choose its own types, so the flag is always
 set (11 ignores it). The audit is read from the engine inspector.
 
-The runner is polygraphy's: right for accuracy, wrong for latency, because a call includes copies and allocation.
+Two ways to run an engine: ``infer`` is polygraphy's runner, right for accuracy and wrong for latency, because a call
+includes copies and allocation; ``device_timers`` has buffers of its own and CUDA events.
+
+Nothing in this file has run on a GPU yet: the calls are held against the bindings' recorded names, the build path ran
+on TensorRT-RTX in its place, and the tests marked ``gpu`` are the same that the CPU backends pass.
 """
 
 from __future__ import annotations
@@ -23,12 +27,15 @@ import numpy as np
 
 from deploy.artifacts import artifact_of, open_artifact, storage_errors
 from deploy.backends.audit import audit_engine, audited, graph_types
-from deploy.backends.base import Array, BuildOptions, Feeds
+from deploy.backends.base import Array, BuildOptions, DeviceTimer, Feeds
 from deploy.backends.feeds import check_feeds
 from deploy.backends.gpu import Gpu, first_gpu
-from deploy.backends.native import collector_paused
+from deploy.backends.gpu_state import read_state
+from deploy.backends.native import collector_paused, signals_deferred
+from deploy.backends.timing_cache import TimingCache, cache_file
+from deploy.backends.trt_config import add_profiles, choose_profile, configure, described, monitor, ranges_of
 from deploy.backends.trt_layers import kernels_from_inspector
-from deploy.errors import BackendUnavailableError, EffdeployError, EngineBuildError
+from deploy.errors import BackendUnavailableError, BenchmarkError, EffdeployError, EngineBuildError
 from deploy.records import Batch, EngineRecord, Target, TensorSpec
 
 OLDEST = (10, 12)
@@ -60,6 +67,19 @@ class TensorRtBackend:
             missing.append("no NVIDIA GPU or driver on this machine; --backend tensorrt_rtx builds without one")
         return "; ".join(missing) or None
 
+    def check(self, options: BuildOptions) -> None:
+        """Refuse other compute capabilities than this GPU's; what is missing here is ``available``'s answer.
+
+        Raises:
+            BackendUnavailableError: the options name another GPU.
+        """
+        gpu = first_gpu()
+        if gpu and (foreign := sorted(set(options.sm) - {gpu.sm})):
+            raise BackendUnavailableError(
+                f"TensorRT builds for the GPU at hand (SM {gpu.sm}), not for SM {foreign}",
+                hint="leave --sm out, or use --backend tensorrt_rtx to build ahead of time",
+            )
+
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
         """Build ``engine-sm<NN>.plan`` for the GPU at hand and audit it with the engine inspector.
 
@@ -71,7 +91,10 @@ class TensorRtBackend:
         gpu = self._require(options)
         trt = _runtime()
         start = time.perf_counter()
-        plan = build_plan(model, options)
+        cache = TimingCache(
+            options.timing_cache and cache_file(options.timing_cache, trt.__version__, gpu.name, gpu.sm)
+        )
+        plan = build_plan(model, options, cache)
         seconds = time.perf_counter() - start
         kernels = kernels_from_inspector(inspect_plan(trt, plan))
         audit = audited(audit_engine(options.precision, graph_types(model), kernels, "engine inspector"))
@@ -89,42 +112,56 @@ class TensorRtBackend:
             options={
                 "gpu": gpu.name,
                 "sm": str(gpu.sm),
-                "strongly_typed": "yes",
-                "batch": str(options.batch),
-                "tf32": str(options.tf32),
-                "level": str(options.level),
-                "workspace": str(options.workspace or "no limit"),
+                "driver": state.driver if (state := read_state(gpu)) else "unknown",
+                "timing_cache": cache.statement,
+                "model": model.name,
+                **described(options),
             },
             seconds=seconds,
         )
         return (record,)
 
     def open(self, engine: EngineRecord, folder: Path, options: BuildOptions) -> TensorRtRunner:
-        """Deserialise an engine; it runs only with the TensorRT version and GPU that it was built with.
+        """Deserialise an engine; it runs with the TensorRT version and GPU that it was built with, or is compatible to.
 
         Raises:
-            BackendUnavailableError: no package, no GPU, or the engine is of another version.
-            BundleError: the file is missing or was changed.
+            BackendUnavailableError: no package, no GPU, or the engine is of another version or GPU.
+            BundleError: the file, or the ONNX file that a stripped engine takes its weights from, is missing or was
+                changed.
         """
-        self._require(options)
-        if engine.backend_version != (version := str(_runtime().__version__)):
-            raise BackendUnavailableError(
-                f"{engine.artifact.name} was built by TensorRT {engine.backend_version}, this machine has {version}",
-                hint="engines are not portable: export again on this machine",
-            )
+        gpu = self._require(options)
+        _require_version(engine, str(_runtime().__version__))
+        _require_gpu(engine, gpu)
         plan = open_artifact(engine.artifact, folder).read_bytes()
-        return TensorRtRunner(plan, Batch.parse(engine.options["batch"]))
+        stripped = engine.options.get("strip") == "yes"
+        return TensorRtRunner(plan, ranges_of(engine.options), folder / engine.options["model"] if stripped else None)
 
     def _require(self, options: BuildOptions) -> Gpu:
         reason, gpu = self.available(), first_gpu()
         if reason or gpu is None:
             raise BackendUnavailableError(reason or "no NVIDIA GPU", hint="--backend onnxruntime runs everywhere")
-        if foreign := sorted(set(options.sm) - {gpu.sm}):
-            raise BackendUnavailableError(
-                f"TensorRT builds for the GPU at hand (SM {gpu.sm}), not for SM {foreign}",
-                hint="leave --sm out, or use --backend tensorrt_rtx to build ahead of time",
-            )
+        self.check(options)
         return gpu
+
+
+def _require_version(engine: EngineRecord, here: str) -> None:
+    built = engine.backend_version
+    compatible = engine.options.get("version_compatible") == "yes" and built.split(".")[0] == here.split(".")[0]
+    if built != here and not compatible:
+        raise BackendUnavailableError(
+            f"{engine.artifact.name} was built by TensorRT {built}, this machine has {here}",
+            hint="build it here: effdeploy build BUNDLE --backend tensorrt (--version-compatible for later minor ones)",
+        )
+
+
+def _require_gpu(engine: EngineRecord, gpu: Gpu) -> None:
+    built = int(engine.options.get("sm", gpu.sm))
+    level = engine.options.get("hardware", "none")
+    if built != gpu.sm and not (level == "ampere_plus" and min(built, gpu.sm) >= 80):
+        raise BackendUnavailableError(
+            f"{engine.artifact.name} is for SM {built} (hardware compatibility: {level}), this GPU is SM {gpu.sm}",
+            hint="build it here: effdeploy build BUNDLE --backend tensorrt",
+        )
 
 
 class TensorRtRunner:
@@ -141,14 +178,18 @@ class TensorRtRunner:
     device = "cuda:0"
     latency_note = "with the copies and allocations of every call: not the engine's own latency"
 
-    def __init__(self, plan: bytes, batch: Batch) -> None:
-        from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+    def __init__(self, plan: bytes, ranges: tuple[Batch, ...], weights: Path | None = None) -> None:
+        from polygraphy.backend.trt import TrtRunner, engine_from_bytes
         from polygraphy.datatype import DataType
 
         with _translated("open the engine", BackendUnavailableError):
-            self._runner = TrtRunner(EngineFromBytes(plan))
+            self._engine = engine_from_bytes(plan)
+            if weights is not None:
+                _fill(_runtime(), self._engine, weights)
+            self._runner = TrtRunner(self._engine)
             self._runner.activate()
             metadata = self._runner.get_input_metadata(use_numpy_dtypes=False)
+        self._ranges, self._profile = ranges, 0
         self.inputs = tuple(
             TensorSpec(
                 name=name,
@@ -157,7 +198,6 @@ class TensorRtRunner:
             )
             for name, value in metadata.items()
         )
-        self._batch = batch
 
     def infer(self, feeds: Feeds) -> dict[str, Array]:
         """Run once.
@@ -166,10 +206,50 @@ class TensorRtRunner:
             SizeError: the feeds do not fit the engine's inputs or its profile.
             EngineBuildError: the engine failed; the message holds TensorRT's words.
         """
-        check_feeds(self.inputs, feeds, self._batch)
+        profile = self._choose(feeds)
         with _translated("run the engine", EngineBuildError):
+            if profile != self._profile:
+                self._runner.set_profile(profile)
+                self._profile = profile
             values = self._runner.infer({name: np.ascontiguousarray(value) for name, value in feeds.items()})
         return {name: np.array(value) for name, value in values.items()}  # polygraphy reuses its buffers
+
+    @contextlib.contextmanager
+    def device_timers(self, feeds: Feeds) -> Iterator[Sequence[DeviceTimer]]:
+        """Put ``feeds`` into device buffers and give the ways to time the engine; see ``deploy.backends.cuda_timing``.
+
+        Yields:
+            With a CUDA graph (where capture works), without, and with the copies from and to pinned host memory.
+
+        Raises:
+            SizeError: the feeds do not fit the engine's inputs or its profile.
+            BenchmarkError: CUDA or the engine failed.
+        """
+        from deploy.backends.cuda_timing import device_buffers, engine_timers
+
+        profile = self._choose(feeds)
+        context = self._engine.create_execution_context()
+        with device_buffers(feeds) as buffers:
+            context.set_optimization_profile_async(profile, buffers.stream)
+            for name, value in feeds.items():
+                context.set_input_shape(name, tuple(value.shape))
+            for name, shape, size in _outputs(self._engine, context):
+                buffers.add_output(name, shape, size)
+            for name, address in buffers.addresses.items():
+                context.set_tensor_address(name, address)
+            with engine_timers(buffers, lambda: bool(context.execute_async_v3(buffers.stream)), first_gpu()) as timers:
+                yield timers
+
+    def _choose(self, feeds: Feeds) -> int:
+        """Check the feeds and return the index of the profile that they run with."""
+        sizes = [
+            feeds[spec.name].shape[0]
+            for spec in self.inputs
+            if spec.name in feeds and "batch" in spec.shape and feeds[spec.name].ndim
+        ]
+        profile = choose_profile(self._ranges, sizes[0] if sizes else 0)
+        check_feeds(self.inputs, feeds, self._ranges[profile])
+        return profile
 
     def __enter__(self) -> TensorRtRunner:
         return self
@@ -180,41 +260,60 @@ class TensorRtRunner:
         self._runner.deactivate()
 
 
-def build_plan(model: Path, options: BuildOptions) -> bytes:
+def build_plan(model: Path, options: BuildOptions, cache: TimingCache | None = None) -> bytes:
     """Parse an ONNX file as a strongly typed network and build its serialised engine.
 
     Raises:
         EngineBuildError: parser or builder refused the graph; the message holds their words.
     """
-    from polygraphy.backend.trt import CreateConfig, NetworkFromOnnxPath, engine_bytes_from_network
+    from polygraphy.backend.trt import NetworkFromOnnxPath
 
     with _translated(f"parse {model.name}", EngineBuildError):
-        parsed = NetworkFromOnnxPath(str(model), strongly_typed=True)()
-    with _translated(f"build {model.name}", EngineBuildError):
+        builder, network, _parser = NetworkFromOnnxPath(str(model), strongly_typed=True)()
+    with signals_deferred() as cancelled, _translated(f"build {model.name}", EngineBuildError):
         trt = _runtime()
-        limits = {trt.MemoryPoolType.WORKSPACE: options.workspace} if options.workspace else {}
-        config = CreateConfig(
-            tf32=options.tf32,  # polygraphy's default is off, TensorRT's is on: always stated
-            profiles=profiles(parsed[1], options.batch),
-            builder_optimization_level=options.level,
-            memory_pool_limits=limits,
-            profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
-        )
-        return bytes(engine_bytes_from_network(parsed, config=config))
+        config = builder.create_builder_config()
+        configure(trt, config, options)
+        add_profiles(builder, config, network, options.ranges)
+        cache = cache or TimingCache(None)
+        cache.attach(trt, config)
+        config.progress_monitor = monitor(trt, options.progress, cancelled)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise RuntimeError("the builder gave no engine")  # its own words are in the log
+        cache.save(config)
+        return bytes(plan)
 
 
-def profiles(network: Any, batch: Batch) -> list[Any]:
-    """Make the optimisation profile: every -1 of an input is the batch axis. No dynamic input, no profile."""
-    from polygraphy.backend.trt import Profile
+def _fill(trt: Any, cuda_engine: Any, model: Path) -> None:
+    """Put the weights of an ONNX file into an engine that was written without them."""
+    from polygraphy.backend.trt import get_trt_logger
 
-    profile = Profile()
-    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
-        if -1 in tuple(tensor.shape):
-            low, opt, high = (
-                tuple(size if n == -1 else n for n in tensor.shape) for size in (batch.min, batch.opt, batch.max)
-            )
-            profile.add(tensor.name, low, opt, high)
-    return [profile] if profile else []
+    logger = get_trt_logger()
+    refitter = trt.Refitter(cuda_engine, logger)
+    weights = trt.OnnxParserRefitter(refitter, logger)
+    if not weights.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
+        raise RuntimeError(f"the weights of {model.name} do not fit the stripped engine")
+
+
+def _outputs(cuda_engine: Any, context: Any) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Name each output with its shape at the inputs that are set, and the bytes of one element.
+
+    Raises:
+        BenchmarkError: an output whose size depends on the data.
+    """
+    from polygraphy.datatype import DataType
+
+    trt = _runtime()
+    for name in (cuda_engine.get_tensor_name(i) for i in range(cuda_engine.num_io_tensors)):
+        if cuda_engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT:
+            shape = tuple(context.get_tensor_shape(name))
+            if min(shape, default=0) < 0:
+                raise BenchmarkError(
+                    f"output {name!r} has the shape {list(shape)}: its size depends on the data",
+                    hint="time it on the host, or give it a fixed size",
+                )
+            yield name, shape, DataType.from_dtype(cuda_engine.get_tensor_dtype(name)).itemsize
 
 
 def inspect_plan(trt: Any, plan: bytes) -> dict[str, Any]:
@@ -238,6 +337,8 @@ def _translated(action: str, kind: type[EffdeployError]) -> Iterator[None]:
     with _polygraphy_log() as lines, collector_paused():
         try:
             yield
+        except EffdeployError:
+            raise
         except Exception as error:
             raise kind(
                 f"TensorRT could not {action}: {_own_words(lines) or str(error) or type(error).__name__}",

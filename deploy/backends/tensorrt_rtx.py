@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from deploy.artifacts import artifact_of, storage_errors
 from deploy.backends.audit import audit_engine, audited, graph_types
 from deploy.backends.base import BuildOptions, Runner
 from deploy.backends.gpu import first_gpu
-from deploy.backends.native import collector_paused
+from deploy.backends.native import collector_paused, signals_deferred
+from deploy.backends.trt_config import add_profiles, configure, described, monitor
 from deploy.backends.trt_layers import kernels_from_log
 from deploy.errors import BackendUnavailableError, EngineBuildError
-from deploy.records import Batch, EngineRecord, Target
+from deploy.records import EngineRecord, Target
 
 SUPPORTED_SM = (75, 80, 86, 89, 120)
 DEFAULT_SM = (80, 89, 120)
@@ -65,6 +66,28 @@ class TensorRtRtxBackend:
             return f"tensorrt_rtx cannot be imported ({error}); {_INSTALL} (Linux and Windows on x86-64)"
         return None
 
+    def check(self, options: BuildOptions) -> None:
+        """Refuse what an ahead-of-time build on a CPU cannot do, each with the reason that was seen with 1.7.1.
+
+        Raises:
+            BackendUnavailableError: a compute capability without ahead-of-time builds, or an option of TensorRT alone.
+        """
+        if refused := sorted(set(options.sm) - set(SUPPORTED_SM)):
+            raise BackendUnavailableError(
+                f"TensorRT-RTX cannot build for SM {refused}: ahead-of-time builds exist for {list(SUPPORTED_SM)}",
+                hint="--sm 80,89,120; for data-center GPUs such as SM 90 or 100: --backend tensorrt on that machine",
+            )
+        asked = {
+            "version compatibility": options.version_compatible,  # looks for libnvinfer_lean, which no wheel has
+            "hardware compatibility": options.hardware != "none",  # "unsupported in TensorRT-RTX", and ignored
+            "refitting or stripping weights": options.refit or options.strip,  # its compiler then wants a GPU
+        }
+        if names := [name for name, wanted in asked.items() if wanted]:
+            raise BackendUnavailableError(
+                f"TensorRT-RTX has no {', no '.join(names)} in ahead-of-time builds",
+                hint="leave the option out, or --backend tensorrt on the target machine",
+            )
+
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
         """Build one ``engine-sm<NN>.rtx`` for each of ``options.sm`` (80, 89 and 120 when empty).
 
@@ -75,19 +98,14 @@ class TensorRtRtxBackend:
         """
         if reason := self.available():
             raise BackendUnavailableError(reason, hint=_INSTALL)
-        targets = options.sm or DEFAULT_SM
-        if refused := sorted(set(targets) - set(SUPPORTED_SM)):
-            raise BackendUnavailableError(
-                f"TensorRT-RTX cannot build for SM {refused}: ahead-of-time builds exist for {list(SUPPORTED_SM)}",
-                hint="--sm 80,89,120; for data-center GPUs such as SM 90 or 100: --backend tensorrt on that machine",
-            )
-        return tuple(self._build_one(model, folder, options, sm) for sm in targets)
+        self.check(options)
+        return tuple(self._build_one(model, folder, options, sm) for sm in options.sm or DEFAULT_SM)
 
     def _build_one(self, model: Path, folder: Path, options: BuildOptions, sm: int) -> EngineRecord:
         trt = _runtime()
         start = time.perf_counter()
-        with collector_paused():
-            plan, log = _compile(trt, model, options, sm)
+        with signals_deferred() as cancelled, collector_paused():
+            plan, log = _compile(trt, model, options, sm, cancelled)
         seconds = time.perf_counter() - start
         kernels = kernels_from_log(log)
         audit = audited(audit_engine(options.precision, graph_types(model), kernels, "build log"))
@@ -102,13 +120,7 @@ class TensorRtRtxBackend:
             runnable=False,
             reason=_not_run(sm),
             audit=audit,
-            options={
-                "strongly_typed": "yes",
-                "batch": str(options.batch),
-                "tf32": str(options.tf32),
-                "level": str(options.level),
-                "workspace": str(options.workspace or "no limit"),
-            },
+            options={"sm": str(sm), "model": model.name, **described(options)},
             seconds=seconds,
         )
 
@@ -130,13 +142,19 @@ def _not_run(sm: int) -> str:
     return f"built ahead of time for SM{sm}; TensorRT-RTX engines are not run by effdeploy"
 
 
-def _compile(trt: Any, model: Path, options: BuildOptions, sm: int) -> tuple[bytes, str]:
+def _compile(trt: Any, model: Path, options: BuildOptions, sm: int, cancelled: Callable[[], bool]) -> tuple[bytes, str]:
     """Parse and build; return the serialised engine and the whole log."""
     log = _collector(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parse(trt, network, model, log)
-    plan = builder.build_serialized_network(network, _config(trt, builder, network, options, sm))
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
+    configure(trt, config, options)
+    add_profiles(builder, config, network, options.ranges)
+    config.progress_monitor = monitor(trt, options.progress, cancelled)
+    plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineBuildError(
             f"TensorRT-RTX could not build {model.name} for SM {sm}: {_complaint(log.lines)}",
@@ -176,35 +194,6 @@ def _own_words(text: str) -> str:
 def _complaint(lines: Sequence[tuple[str, str]]) -> str:
     said = [_own_words(message) for severity, message in lines if severity in _ERRORS and "cudaError" not in message]
     return "; ".join(dict.fromkeys(said[:3])) or "it gave no reason"
-
-
-def _config(trt: Any, builder: Any, network: Any, options: BuildOptions, sm: int) -> Any:
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the listing lacks names and types
-    config.builder_optimization_level = options.level
-    if options.workspace:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    if options.tf32:
-        config.set_flag(trt.BuilderFlag.TF32)
-    else:
-        config.clear_flag(trt.BuilderFlag.TF32)
-    _add_profile(builder, config, network, options.batch)
-    return config
-
-
-def _add_profile(builder: Any, config: Any, network: Any, batch: Batch) -> None:
-    """Give every dynamic input its range; -1 stands for the batch axis, the only one that is ever dynamic."""
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    dynamic = [tensor for tensor in inputs if -1 in tuple(tensor.shape)]
-    if not dynamic:
-        return
-    profile = builder.create_optimization_profile()
-    for tensor in dynamic:
-        shapes = [tuple(size if n == -1 else n for n in tensor.shape) for size in (batch.min, batch.opt, batch.max)]
-        profile.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(profile)
 
 
 BACKEND = TensorRtRtxBackend()

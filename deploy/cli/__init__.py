@@ -1,9 +1,9 @@
 """The command line: thin commands, no logic. Nothing heavy is imported before a command runs."""
 
 from deploy.cli import export  # isort: skip - `--help` lists commands in the order of these imports
-from deploy.cli import bundles, catalogue  # isort: skip
+from deploy.cli import build, bundles, catalogue  # isort: skip
 from deploy.cli import convert, inspect  # isort: skip
 from deploy.cli import diff  # isort: skip
 from deploy.cli.app import app, main
 
-__all__ = ["app", "bundles", "catalogue", "convert", "diff", "export", "inspect", "main"]
+__all__ = ["app", "build", "bundles", "catalogue", "convert", "diff", "export", "inspect", "main"]

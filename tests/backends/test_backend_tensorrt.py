@@ -182,8 +182,9 @@ from deploy.backends.tensorrt import build_plan
 from deploy.errors import EngineBuildError
 from deploy.records import Batch
 
-options = BuildOptions(batch=Batch.parse("1:2:4"), workspace=1 << 28)
 for path in sys.argv[1:]:
+    batch = Batch.parse("1:2:4" if "network" in path else "1")
+    options = BuildOptions(batch=batch, workspace=1 << 28)
     try:
         print("plan", len(build_plan(Path(path), options)) > 10_000)
     except EngineBuildError as error:
