@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from deploy.recipe import (
 from deploy.records import Stage, Tolerance
 
 if TYPE_CHECKING:
-    from deploy.models.base import System
+    from deploy.models.base import Flag, System
 
 
 def resolve_recipe(
@@ -78,6 +79,19 @@ def _mistakes(system: System, merged: Mapping[str, Any]) -> Iterator[Mistake]:
         yield Mistake(keys=("options", str(name)), text=text)
 
 
+def flags_of(name_or_file: str) -> tuple[Flag, ...]:
+    """Return the command-line flags of a system's own.
+
+    Args:
+        name_or_file: A system's name, or a recipe file that names one.
+
+    Raises:
+        UnknownNameError: no such system.
+        RecipeError: the file cannot be read.
+    """
+    return find_system(str(recipe_layers(name_or_file)[0].data["system"])).flags
+
+
 def stages_between(first: str | None, last: str | None) -> tuple[Stage, Stage]:
     """Read ``--from`` and ``--until``.
 
@@ -96,11 +110,12 @@ def stages_between(first: str | None, last: str | None) -> tuple[Stage, Stage]:
 
 
 def default_name(recipe: Recipe) -> str:
-    """Name a bundle after what decides it: system, variant, size, batch, precision, backend."""
+    """Name a bundle after what decides it: system, variant, its options, size, batch, precision, backend."""
     size = str(recipe.size[0]) if recipe.size[0] == recipe.size[1] else f"{recipe.size[0]}x{recipe.size[1]}"
     batch = "" if str(recipe.batch) == "1" else "b" + str(recipe.batch).replace(":", "-")
     lowered = f"for-{recipe.target.value}" if recipe.target else ""
-    parts = (recipe.system, recipe.variant, size, batch, recipe.precision.value, recipe.engine.backend, lowered)
+    options = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", f"{k}{v}").strip("-") for k, v in recipe.options.items())
+    parts = (recipe.system, recipe.variant, options, size, batch, recipe.precision.value, recipe.engine.backend, lowered)
     return "-".join(part for part in parts if part)
 
 

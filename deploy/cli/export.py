@@ -9,6 +9,7 @@ import typer
 
 from deploy.cli import completing
 from deploy.cli.app import Baselines, Images, Json, Log, Quiet, Seconds, Threads, Weights, app, session
+from deploy.cli.flags import SystemCommand
 from deploy.records import Stage
 
 _STAGES = ", ".join(stage.value for stage in Stage)
@@ -26,7 +27,7 @@ Assignments = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=SystemCommand)
 def export(
     system: System,
     variant: Variant = None,
