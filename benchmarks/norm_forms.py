@@ -26,14 +26,14 @@ from deploy.models.base import load_model
 from deploy.records import Target, to_json
 from deploy.resolve import parity_inputs, resolve_recipe
 
-Forward = Callable[[riformer.SharedMoments, Tensor], tuple[Tensor, Tensor]]
+Forward = Callable[[riformer.SharedNorms, Tensor], tuple[Tensor, Tensor]]
 SHIPPED = "shared moments (shipped)"
 
 
 def two_norms(standardise: Callable[[Tensor], Tensor]) -> Forward:
     """Each norm by itself; gain and shift as a BatchNormalization with constant weights."""
 
-    def forward(norms: riformer.SharedMoments, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(norms: riformer.SharedNorms, x: Tensor) -> tuple[Tensor, Tensor]:
         zeros, ones = torch.zeros_like(norms.weight), torch.ones_like(norms.weight)
         x = x + functional.batch_norm(standardise(x), zeros, ones, norms.weight, norms.bias, eps=0.0)
         return x, standardise(x)
@@ -56,7 +56,7 @@ def two_pass(x: Tensor) -> Tensor:
 
 
 FORMS: dict[str, Forward] = {
-    SHIPPED: riformer.SharedMoments.forward,
+    SHIPPED: riformer.SharedNorms.forward,
     "two-pass means": two_norms(two_pass),
     "InstanceNormalization": two_norms(instance_norm),
 }
@@ -68,12 +68,12 @@ def measure_size(size: str, rounds: int, folder: Path) -> dict[str, object]:
     chunks = parity_inputs(system, recipe).chunks
     graphs, errors = {}, {}
     for name, forward in FORMS.items():
-        riformer.SharedMoments.forward = forward  # type: ignore[method-assign]
+        riformer.SharedNorms.forward = forward  # type: ignore[method-assign]
         graphs[name] = on_the_road(loaded.deploy, loaded.inputs[0], 1, Target.ONNXRUNTIME, folder / f"{size}-{name}")
         with open_model(graphs[name], BuildOptions(threads=THREADS, device="cpu")) as runner:
             errors[name] = max(relative(runner.infer(c.feeds), loaded.run(c.feeds)) for c in chunks)
         print(f"{size}: {name}: error {errors[name]:.1e}")
-    riformer.SharedMoments.forward = FORMS[SHIPPED]  # type: ignore[method-assign]
+    riformer.SharedNorms.forward = FORMS[SHIPPED]  # type: ignore[method-assign]
     record = race(graphs, np.asarray(chunks[0].feeds["images"]), rounds)
     for ratio in record.ratios:
         print(f"{size}: shipped form {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")

@@ -23,15 +23,17 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
+from onnxscript import opset20 as op
 from torch import Tensor, nn
 from torch.nn import functional
 
 from deploy.models.base import Form, System, Variant
 from deploy.models.checkpoint import State, WeightMap
+from deploy.models.operators import written_as
 from deploy.records import Target
 
 EPS = 1e-5
@@ -138,14 +140,85 @@ class RIFormer(nn.Module):
         return self.head(self.norm(self.features(images)).mean((2, 3)))
 
 
-class SharedMoments(nn.Module):
-    """Both norms of a block from the moments of its input: one pass of statistics and two of the map.
+@torch.library.custom_op("effdeploy::residual_norms", mutates_args=())
+def residual_norms(x: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``x + norm(x)`` and its standardised form, [N,C,H,W] each."""
+    x = x + functional.group_norm(x, 1, gain, shift, EPS)
+    return x, functional.group_norm(x, 1, eps=EPS)
+
+
+@residual_norms.register_fake
+def _residual_norms_shapes(x: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@written_as(residual_norms)
+def _shared_moments(x: Any, gain: Any, shift: Any) -> tuple[Any, Any]:
+    """Write both norms from the moments of their input: one pass of statistics and two of the map.
 
     The first norm and the residual make a per-channel affine map of the input, so the second norm's mean and variance
     follow from the channels' own. The mean comes off before squaring, and variances are only added: no digits are
-    lost, as ONNX Runtime's InstanceNormalization loses them (benchmarks/norm_forms.py). A BatchNormalization over
-    batch and channels together applies a gain and a shift per image in one pass.
+    lost, as ONNX Runtime's InstanceNormalization loses them (benchmarks/norm_forms.py).
     """
+    means, variances = _channel_moments(x)
+    mean, rstd = _image_moments(means, variances)
+    scale = op.Add(op.Mul(rstd, gain), 1.0)
+    offset = op.Add(op.Mul(scale, op.Sub(means, mean)), op.Add(mean, shift))  # the channels' means after the residual
+    mean, second = _image_moments(offset, op.Mul(op.Mul(scale, scale), variances))
+    return (
+        _per_channel(x, means, scale, offset),
+        _per_channel(x, means, op.Mul(scale, second), op.Mul(op.Sub(offset, mean), second)),
+    )
+
+
+@torch.library.custom_op("effdeploy::pooled_norm", mutates_args=())
+def pooled_norm(x: Tensor) -> Tensor:
+    """Mean over positions [N,C] of the standardised [N,C,H,W]."""
+    return functional.group_norm(x, 1, eps=EPS).mean((2, 3))
+
+
+@pooled_norm.register_fake
+def _pooled_norm_shape(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2])
+
+
+@written_as(pooled_norm)
+def _pooled_moments(x: Any) -> Any:
+    """Write the pooled norm from moments; the standardised map itself is never made."""
+    means, variances = _channel_moments(x)
+    mean, rstd = _image_moments(means, variances)
+    return op.Mul(op.Sub(means, mean), rstd)
+
+
+def _channel_moments(x: Any) -> tuple[Any, Any]:
+    """Mean and variance [N,C] of each channel of [N,C,H,W]."""
+    means = op.ReduceMean(x, [2, 3], keepdims=1)
+    centred = op.Sub(x, means)
+    return op.Squeeze(means, [2, 3]), op.ReduceMean(op.Mul(centred, centred), [2, 3], keepdims=0)
+
+
+def _image_moments(means: Any, variances: Any) -> tuple[Any, Any]:
+    """Mean and inverse standard deviation [N,1] of an image, from those of its channels [N,C]."""
+    mean = op.ReduceMean(means, [1], keepdims=1)
+    off = op.Sub(means, mean)
+    variance = op.ReduceMean(op.Add(variances, op.Mul(off, off)), [1], keepdims=1)
+    return mean, op.Pow(op.Add(variance, EPS), -0.5)
+
+
+def _per_channel(x: Any, means: Any, gain: Any, shift: Any) -> Any:
+    """``gain * (x - means) + shift`` on [N,C,H,W] with [N,C] each.
+
+    One BatchNormalization over batch and channels together gives each image its own gain and shift, in one pass.
+    """
+    _, channels, height, width = x.shape
+    flat = [op.Reshape(value, [-1]) for value in (gain, shift, means)]
+    ones = op.Expand(1.0, op.Shape(flat[2]))
+    merged = op.Reshape(x, [1, -1, height, width])
+    return op.Reshape(op.BatchNormalization(merged, *flat, ones, epsilon=0.0), [-1, channels, height, width])
+
+
+class SharedNorms(nn.Module):
+    """Both norms of a block in one operator, for ONNX Runtime."""
 
     def __init__(self, gain: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -153,12 +226,7 @@ class SharedMoments(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``x + norm(x)`` and its standardised form, [N,C,H,W] each."""
-        means, variances = channel_moments(x)
-        mean, rstd = image_moments(means, variances)
-        gain = 1 + self.weight * rstd
-        shift = gain * (means - mean) + (mean + self.bias)  # the channels' means after the residual
-        mean, rstd = image_moments(shift, gain * gain * variances)
-        return per_channel(x, means, gain, shift), per_channel(x, means, gain * rstd, (shift - mean) * rstd)
+        return residual_norms(x, self.weight, self.bias)
 
 
 class FusedNorms(nn.Module):
@@ -174,48 +242,16 @@ class FusedNorms(nn.Module):
         return x, functional.group_norm(x, 1, eps=EPS)
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance [N,C] of each channel of [N,C,H,W]."""
-    means = x.mean((2, 3))
-    centred = x - means[:, :, None, None]
-    return means, (centred * centred).mean((2, 3))
-
-
-def image_moments(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and inverse standard deviation [N,1] of an image, from those of its channels [N,C]."""
-    mean = means.mean(1, keepdim=True)
-    off = means - mean
-    return mean, ((variances + off * off).mean(1, keepdim=True) + EPS).pow(-0.5)
-
-
-def per_channel(x: Tensor, means: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """``gain * (x - means) + shift`` on [N,C,H,W] with [N,C] each, in one op whatever the batch."""
-    _, channels, height, width = x.shape
-    flat = functional.batch_norm(
-        x.reshape(1, -1, height, width),
-        means.reshape(-1),
-        torch.ones_like(means).reshape(-1),
-        gain.reshape(-1),
-        shift.reshape(-1),
-        eps=0.0,
-    )
-    return flat.reshape(-1, channels, height, width)
-
-
-def pooled_moments(x: Tensor) -> Tensor:
-    """Mean over positions [N,C] of the standardised [N,C,H,W], which is never written."""
-    means, variances = channel_moments(x)
-    mean, rstd = image_moments(means, variances)
-    return (means - mean) * rstd
-
-
-def pooled_norm(x: Tensor) -> Tensor:
+def fused_pool(x: Tensor) -> Tensor:
     """Mean over positions [N,C] of the standardised [N,C,H,W]."""
     return functional.group_norm(x, 1, eps=EPS).mean((2, 3))
 
 
-NORMS = {Target.ONNXRUNTIME: SharedMoments, Target.TENSORRT: FusedNorms}
-POOLS = {Target.ONNXRUNTIME: pooled_moments, Target.TENSORRT: pooled_norm}
+NORMS = {Target.ONNXRUNTIME: SharedNorms, Target.TENSORRT: FusedNorms}
+POOLS: Mapping[Target, Callable[[Tensor], Tensor]] = {
+    Target.ONNXRUNTIME: pooled_norm,
+    Target.TENSORRT: fused_pool,
+}
 
 
 class DeployBlock(nn.Module):
