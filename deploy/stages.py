@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from deploy.backends.base import Backend, Feeds
@@ -22,6 +23,7 @@ from deploy.models.base import Loaded, System, load_model, measure_drift, specia
 from deploy.parity.batch import check_batches, with_batches
 from deploy.parity.compare import check_parity
 from deploy.parity.inputs import InputPack
+from deploy.parity.metrics import furthest
 from deploy.precision.convert import convert_precision
 from deploy.recipe import Recipe
 from deploy.records import (
@@ -105,6 +107,7 @@ class Work:
             outputs=self.system.outputs,
             batch=self.recipe.batch,
             opset=choose_opset(section.opset, self.target, section.attention_op),
+            apart=partial(furthest, self.system.task),
         )
         return onnx_from_torch(self.loaded.deploy, request, self.folder)
 
@@ -138,7 +141,7 @@ class Work:
         parity = check_parity(self.loaded.run, candidates, self.inputs, limits, task=task)
         shipped = batch_candidates(candidates, every=False)
         batches = check_batches(shipped, self.inputs, self.recipe.batch, limits, task=task)
-        return with_batches(parity, batches), measure_drift(self.loaded)
+        return with_batches(parity, batches), measure_drift(self.loaded, partial(furthest, self.system.task))
 
     def time(self, engines: Sequence[EngineRecord]) -> BenchRecord | None:
         """Time the engines against the baselines; ``None`` where no engine can run here."""

@@ -39,6 +39,7 @@ from deploy.records import Drift, ModelRecord, Target, TensorSpec, WeightsSource
 Size = tuple[int, int]
 Arrays = Mapping[str, NDArray[np.generic]]
 Options = Mapping[str, Any]
+Apart = Callable[[Arrays, Arrays], tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,32 +310,33 @@ def _macs_of_options(system: System, recipe: Recipe, options: Options) -> int:
         ) from error
 
 
-def measure_drift(loaded: Loaded) -> Drift:
-    """Compare the deploy form with the training form in float32 and, re-parameterised again, in float64."""
+def measure_drift(loaded: Loaded, apart: Apart) -> Drift:
+    """Compare the deploy form with the training form in float32 and, re-parameterised again, in float64.
+
+    Args:
+        loaded: Both forms.
+        apart: ``(reference, candidate)``, outputs by name, to their largest difference, absolute and relative.
+
+    Raises:
+        TraceError: the model's outputs are all zero.
+    """
     images = example_inputs(loaded.inputs, 1)
     doubled = tuple(t.double() if t.is_floating_point() else t for t in images)
     precise = copy.deepcopy(loaded.reference).double()
     precise_deploy = loaded.system.to_deploy(precise, loaded.target).eval()
     with torch.inference_mode():
-        judged = len(loaded.system.outputs)
-        single = _difference(loaded.reference(*images), loaded.deploy(*images), judged)
-        double = _difference(precise(*doubled), precise_deploy(*doubled), judged)
+        single = apart(_named(loaded, loaded.reference(*images)), _named(loaded, loaded.deploy(*images)))
+        double = apart(_named(loaded, precise(*doubled)), _named(loaded, precise_deploy(*doubled)))
     return Drift(fp32_max_abs=single[0], fp32_relative=single[1], fp64_max_abs=double[0], fp64_relative=double[1])
 
 
-def _difference(expected: Any, got: Any, judged: int) -> tuple[float, float]:
-    pairs = zip(_tuple(expected)[:judged], _tuple(got)[:judged], strict=True)
-    absolute, scale = 0.0, 0.0
-    for a, b in pairs:
-        absolute = max(absolute, float((a - b).abs().max()))
-        scale = max(scale, float(a.abs().max()))
-    if scale == 0.0:
+def _named(loaded: Loaded, outputs: Any) -> dict[str, NDArray[np.generic]]:
+    """Return the outputs that are judged as host arrays by name."""
+    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+    named = {name: tensor.numpy() for name, tensor in zip(loaded.system.outputs, tensors, strict=False)}
+    if not any(array.any() for array in named.values()):
         raise TraceError("the model's outputs are all zero; nothing can be compared", hint="check the weights")
-    return absolute, absolute / scale
-
-
-def _tuple(value: Any) -> tuple[torch.Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return named
 
 
 def _parameters(module: nn.Module) -> int:

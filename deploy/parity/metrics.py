@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from deploy.backends.base import Array
 from deploy.errors import ParityError
+from deploy.parity.detection import align_detections, align_queries
 from deploy.records import Comparison, Tolerance
 
 Float = NDArray[np.float64]
 Outputs = Mapping[str, Array]
+Align = Callable[[Outputs, Outputs], tuple[dict[str, Float], dict[str, Float]]]
 
 TOP = 5
+_NO_CLASSES: dict[str, Any] = {"top1": None, "top5": None, "flip": None}  # [images, detections] are no class scores
 UNJUDGED = "no limit of the tolerance applies to this output"
 
 
@@ -99,11 +102,47 @@ def compare_classification(reference: Outputs, candidate: Outputs) -> dict[str, 
     return {name: _rows(name, expected, candidate) for name, expected in reference.items()}
 
 
+def compare_detection(reference: Outputs, candidate: Outputs) -> dict[str, Rows]:
+    """Compare ``labels``, ``boxes`` and ``scores`` of detections that were paired before.
+
+    Raises:
+        ParityError: an output is missing or has another shape.
+    """
+    return _compare_aligned(align_detections, reference, candidate)
+
+
+def compare_queries(reference: Outputs, candidate: Outputs) -> dict[str, Rows]:
+    """Compare outputs [images, queries, ...] whose queries were paired before.
+
+    Raises:
+        ParityError: an output is missing or has another shape.
+    """
+    return _compare_aligned(align_queries, reference, candidate)
+
+
+def _compare_aligned(align: Align, reference: Outputs, candidate: Outputs) -> dict[str, Rows]:
+    for name, expected in reference.items():
+        _check_shape(name, expected, candidate)
+    expected, got = align(reference, candidate)
+    return {name: dataclasses.replace(_rows(name, value, got), **_NO_CLASSES) for name, value in expected.items()}
+
+
 # A task brings its own comparison where distance of values says little (boxes are matched before they are compared).
-TASKS: Mapping[str, Callable[[Outputs, Outputs], dict[str, Rows]]] = {"classification": compare_classification}
+TASKS: Mapping[str, Callable[[Outputs, Outputs], dict[str, Rows]]] = {
+    "classification": compare_classification,
+    "detection": compare_detection,
+    "queries": compare_queries,
+    "maps": compare_classification,
+}
 
 
-def _rows(name: str, expected: Array, candidate: Outputs) -> Rows:
+def furthest(task: str, reference: Outputs, candidate: Outputs) -> tuple[float, float]:
+    """Return the largest difference of all outputs, absolute and over the largest ``|reference|`` of its output."""
+    pooled = [pool(rows) for rows in TASKS[task](reference, candidate).values()]
+    return max(m.max_abs for m in pooled), max(m.max_relative for m in pooled)
+
+
+def _check_shape(name: str, expected: Array, candidate: Outputs) -> None:
     if name not in candidate:
         raise ParityError(
             f"output {name!r} is missing: got {', '.join(candidate) or 'none'}",
@@ -114,6 +153,10 @@ def _rows(name: str, expected: Array, candidate: Outputs) -> Rows:
             f"output {name!r} has shape {list(candidate[name].shape)}, expected {list(expected.shape)} as in PyTorch",
             hint="inspect the outputs of the graph of this stage",
         )
+
+
+def _rows(name: str, expected: Array, candidate: Outputs) -> Rows:
+    _check_shape(name, expected, candidate)
     a = expected.reshape(len(expected), -1).astype(np.float64)
     b = candidate[name].reshape(len(expected), -1).astype(np.float64)
     finite: NDArray[np.bool_] = np.asarray(np.isfinite(b).all(axis=1))

@@ -48,6 +48,7 @@ class GatherSampling(nn.Module):
     scale: Tensor
     shift: Tensor
     far: Tensor
+    last: Tensor
     row: Tensor
     start: Tensor
     corners: Tensor
@@ -62,6 +63,7 @@ class GatherSampling(nn.Module):
             "scale": sides / 2,  # pixel = grid * side / 2 + (side - 1) / 2
             "shift": (sides - 1) / 2,
             "far": sides.float(),
+            "last": sides,
             "row": rows,
             "start": first + rows + 1,  # pixel (0, 0) lies behind a row and a column of zeros
             "corners": torch.stack([torch.zeros_like(rows), torch.ones_like(rows), rows, rows + 1], 1),
@@ -74,7 +76,7 @@ class GatherSampling(nn.Module):
         _, queries, points, _ = grid.shape
         pixel = (grid * self.scale + self.shift).clamp_min(-1.0).minimum(self.far)
         low = pixel.floor()
-        corner = low.to(torch.int64)
+        corner = low.to(torch.int64).clamp_min(-1).minimum(self.last)  # for NaN alone, whose index would be anything
         index = corner[..., 1] * self.row + corner[..., 0] + self.start
         index = (index[..., None] + self.corners).reshape(-1, 1, queries * points * 4)
         values = torch.cat([functional.pad(x, (1, 2, 1, 2)).flatten(2) for x in maps], 2)
