@@ -32,14 +32,15 @@ _FINGERPRINT = (
     "numpy", "pillow", "safetensors", "tensorrt", "tensorrt-rtx",
 )  # fmt: skip
 
-_FULL = {
+# What a disk that takes no more says, and what can be done.
+FULL = {
     errno.ENOSPC: "free some space, or choose another folder with --out",
     errno.EDQUOT: "the quota is used up; free some space, or choose another folder with --out",
     errno.EFBIG: "a limit on the size of files is in the way (ulimit -f)",
     errno.EROFS: "the file system is read-only; choose another folder with --out",
 }
 _REFUSALS = {
-    **_FULL,
+    **FULL,
     errno.EACCES: "choose a folder that you may write to with --out",
     errno.EPERM: "choose a folder that you may write to with --out",
 }
@@ -120,7 +121,7 @@ def refused_writes(action: str) -> Iterator[None]:
         raise _storage_error(action, error) from error
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not (isinstance(cause, OSError) and cause.errno in _FULL):
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno in FULL):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise

@@ -42,7 +42,7 @@ from deploy.records import (
     TraceRecord,
 )
 from deploy.report import render
-from deploy.reuse import Reuse, now, show
+from deploy.reuse import Reuse, made, now, show
 
 if TYPE_CHECKING:
     from deploy.stages import Work
@@ -155,7 +155,7 @@ class _Road:
                 warning = self.reuse.keep(stage, record, origin) or warning
             shown.note(_note(record))
             if origin.reused:
-                shown.note(f"reused, {'measured' if stage is Stage.LATENCY else 'made'} {origin.made}")
+                shown.note(f"reused, {made(stage, origin)}")
             self.reuse.note(stage, record, origin)
         if warning:
             self.console.warn(warning)

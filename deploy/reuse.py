@@ -152,7 +152,7 @@ class Reuse:
     def rows(self) -> list[tuple[str, str, str]]:
         """Return the table of stages: name, reused or run, why."""
         return [
-            (stage.value, "reused" if origin.reused else "run", f"made {origin.made}" if origin.reused else origin.why)
+            (stage.value, "reused" if origin.reused else "run", made(stage, origin) if origin.reused else origin.why)
             for stage, origin in self.origins.items()
         ]
 
@@ -186,6 +186,7 @@ class Reuse:
         if old is None:
             return "not made before"
         names = differences(old.consumed, consumed)
+        names = [name for name in names if name in old.consumed and name in consumed] or names
         texts = [_difference(name, old.consumed.get(name, ""), consumed.get(name, "")) for name in names]
         more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
         return "; ".join(texts[:_SHOWN]) + more
@@ -200,6 +201,11 @@ def preview(recipe: Recipe, target: Target, until: Stage, start: Stage) -> dict[
             break
         reuse.note(stage, record, origin)
     return reuse.origins
+
+
+def made(stage: Stage, origin: StageOrigin) -> str:
+    """Say when a stage was made; a latency is measured."""
+    return f"{'measured' if stage is Stage.LATENCY else 'made'} {origin.made}"
 
 
 def artifacts_in(record: Any) -> tuple[Artifact, ...]:

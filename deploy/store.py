@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.artifacts import cache_folder, open_artifact
+from deploy.artifacts import FULL, cache_folder, open_artifact
 from deploy.errors import BundleError
 from deploy.records import Artifact, from_json, to_json
 
@@ -90,6 +90,8 @@ class Store:
         except BundleError as error:
             return None, f"what was kept of it is damaged ({_brief(error)})"
         except OSError as error:
+            if error.errno in FULL:  # the run's own folder cannot hold it, and could not hold a new one either
+                raise
             return None, f"what was kept of it cannot be read ({error.strerror or error})"
         return entry, ""
 

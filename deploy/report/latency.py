@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from deploy import units
-from deploy.records import BenchRecord, Latency, RunRecord
+from deploy.records import BenchRecord, Latency, RunRecord, Stage
 from deploy.report import charts, words
 from deploy.report.blocks import QUIET, WARN, Block, Chart, Listing, Section, Table, Text, cells
 
@@ -16,6 +16,10 @@ def latency(run: RunRecord) -> Section:
     if bench is None or not bench.latencies:
         return Section(slug="latency", title="Latency", blocks=(words.not_run(run, "latency"),))
     blocks: list[Block] = [Text(text=bench.method, tone=QUIET)]
+    origin = run.origins.get(Stage.LATENCY.value)
+    if origin is not None and origin.reused:
+        words_on_time = f"Not measured in this run: measured {origin.made} on this machine with the same engine."
+        blocks.append(Text(text=words_on_time, tone=WARN))
     if bench.warnings:
         blocks.append(Listing(items=bench.warnings, tone=WARN))
     blocks += [_strip_chart(bench, batch) for batch in sorted({c.batch for c in bench.latencies})]

@@ -40,7 +40,26 @@ def files(run: RunRecord) -> Section:
     table = Table(
         title="Files of the bundle", columns=("file", "size", "sha256"), rows=rows, numeric=frozenset({"size"})
     )
-    return Section(slug="files", title="Files", blocks=(table, _seconds(run)))
+    return Section(slug="files", title="Files", blocks=(table, _seconds(run), *_origins(run)))
+
+
+def _origins(run: RunRecord) -> tuple[Block, ...]:
+    """Say which stages this run made and which it took from earlier ones that had consumed the same."""
+    if not run.origins:
+        return ()
+    rows = tuple(
+        cells(
+            stage.value,
+            "reused" if origin.reused else "run",
+            origin.made,
+            origin.why or "consumes the same as the earlier run",
+            Cell(text=origin.key[:12], code=True),
+        )
+        for stage in Stage
+        if (origin := run.origins.get(stage.value))
+    )
+    columns = ("stage", "this run", "made", "why", "key")
+    return (Table(title="Where each stage comes from", columns=columns, rows=rows),)
 
 
 def _seconds(run: RunRecord) -> Block:
@@ -54,7 +73,11 @@ def environment(run: RunRecord) -> Section:
     """Name the machine and the versions."""
     e, w, p = run.environment, run.model.weights, run.model.preprocess
     machine = (("cpu", e.cpu), ("cores", str(e.cores)), ("gpu", e.gpu), ("platform", e.platform), ("python", e.python))
-    weights = (("kind", w.kind), ("layout", w.layout), ("sha256", w.sha256)) if w.sha256 else (("kind", w.kind),)
+    weights = (
+        (("kind", w.kind), ("from", w.source), ("layout", w.layout), ("sha256", w.sha256))
+        if w.sha256
+        else (("kind", w.kind),)
+    )
     fit = "stretched" if p.fit == "stretch" else f"crop {p.crop:g}"
     image = (
         f"{fit}, {p.interpolation}, mean {', '.join(f'{v:g}' for v in p.mean)}, "
