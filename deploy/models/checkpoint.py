@@ -230,18 +230,19 @@ def fit_checkpoint(
         CheckpointError: no layout fits; counts the misfits of the nearest one and shows some of each kind.
     """
     problems: dict[str, list[_Misfit]] = {}
+    keys: dict[str, int] = {}
     for weight_map in maps:
-        state, misfits = _apply(weight_map, checkpoint.tensors, template(weight_map.layout))
+        expected = template(weight_map.layout)
+        state, misfits = _apply(weight_map, checkpoint.tensors, expected)
         if not misfits:
             changes = _adapted(weight_map, checkpoint.tensors, state)
             return Fitted(name=weight_map.name, layout=weight_map.layout, state=state, adapted=changes)
-        problems[weight_map.name] = misfits
+        problems[weight_map.name], keys[weight_map.name] = misfits, len(expected)
     nearest = min(problems, key=lambda name: len(problems[name]))
-    layout = next(m.layout for m in maps if m.name == nearest)
     missing = sum(m.kind == "missing" for m in problems[nearest])
     raise CheckpointError(
         f"the checkpoint does not fit; nearest layout {nearest!r}: {_summary(problems[nearest])}",
-        hint=_hint(problems[nearest], missing / max(len(template(layout)), 1), other_variant()),
+        hint=_hint(problems[nearest], missing / max(keys[nearest], 1), other_variant()),
     )
 
 

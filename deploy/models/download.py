@@ -7,8 +7,6 @@ processes from writing one file; it dies with its process.
 
 from __future__ import annotations
 
-import contextlib
-import email.message
 import errno
 import hashlib
 import http.client
@@ -16,25 +14,20 @@ import json
 import os
 import re
 import shutil
-import ssl
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import urlsplit
+from typing import Any
 
 from deploy import __version__, units
 from deploy.artifacts import sha256_of
 from deploy.console import Console
 from deploy.errors import DownloadError
+from deploy.models.answers import InterruptedTransferError, StalePartError, opened, read, validator_of
 from deploy.models.cache import byte_progress, cache_errors, cache_folder, locked
 
 _BLOCK = 1 << 18
 _PROGRESS = 1 << 20  # a broken connection that brought this much is not counted against the attempts
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +43,6 @@ class Patience:
     attempts: int = 4
     wait: float = 1.0
     timeout: float = 30.0
-
-
-class InterruptedTransferError(Exception):
-    """The transfer broke in a way that asking again may mend."""
 
 
 def download(url: str, name: str, sha256: str, console: Console, patience: Patience | None = None) -> tuple[Path, str]:
@@ -81,19 +70,6 @@ def download(url: str, name: str, sha256: str, console: Console, patience: Patie
         folder.mkdir(parents=True, exist_ok=True)
     with locked(final, name, console):
         return final, transfer.finished() or transfer.run()
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects, but never from https to something that can be changed on its way."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request | None:
-        """Decide on one redirect; urllib counts them and knows circles."""
-        old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
-        if new != "https" and (old, new) != ("http", "http"):
-            raise urllib.error.HTTPError(newurl, code, f"redirected from {old} to {new}", headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,6 +127,8 @@ class _Transfer:
             try:
                 return self.attempt()
             except InterruptedTransferError as error:
+                if isinstance(error, StalePartError):
+                    self.discard()
                 size = self.size()
                 failed = 0 if size >= highest + _PROGRESS else failed + 1
                 highest = max(highest, size)
@@ -179,96 +157,39 @@ class _Transfer:
             headers["Range"] = f"bytes={have}-"
             if validator := note.get("validator"):
                 headers["If-Range"] = str(validator)
-        with self.opened(headers) as response:
+        with opened(self.url, headers, self.patience.timeout) as response:
             have, total = self.position(response, have, note)
             if not have:
                 self.discard()  # before the note: it must never describe the bytes of another version
             with cache_errors(self.final.parent):
-                validator = _validator(response.headers) or (note.get("validator", "") if have else "")
+                validator = validator_of(response.headers) or (note.get("validator", "") if have else "")
                 self.write_note({"url": self.url, "validator": validator, "total": total})
                 self.require_space((total or 0) - have)
             self.copy(response, have, total)
-
-    @contextlib.contextmanager
-    def opened(self, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
-        """Open the URL and translate what can go wrong on the way to the first byte."""
-        opener = urllib.request.build_opener(_Redirects)
-        try:
-            response = opener.open(urllib.request.Request(self.url, headers=headers), timeout=self.patience.timeout)
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise self.refused(error) from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, ssl.SSLCertVerificationError):
-                raise DownloadError(
-                    f"{self.url}: its certificate is not trusted: {error.reason.verify_message}",
-                    hint="behind a company proxy, set SSL_CERT_FILE to its certificates",
-                ) from error
-            raise InterruptedTransferError(str(error.reason)) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise InterruptedTransferError(str(error) or type(error).__name__) from error
-        with response:
-            yield response
-
-    def refused(self, error: urllib.error.HTTPError) -> Exception:
-        """Say what an HTTP status means: asking again, starting over, or an end."""
-        said = f"the server says {error.code} {str(error.reason).splitlines()[0]}"
-        if error.code == 416:
-            self.discard()
-            return InterruptedTransferError(f"{said}: the part that is here does not fit its file")
-        if error.code in _TRANSIENT:
-            return InterruptedTransferError(said)
-        hints = {
-            401: "it is not public: download it yourself, then --weights PATH",
-            403: "it is not public: download it yourself, then --weights PATH",
-            404: "check the address in a browser",
-            410: "check the address in a browser",
-        }
-        circle = "the address redirects in a circle or where it must not; find the final one in a browser"
-        hint = circle if error.code // 100 == 3 else hints.get(error.code, "download it yourself, then --weights PATH")
-        return DownloadError(f"{self.url}: {said}", hint=hint)
 
     def position(self, response: http.client.HTTPResponse, have: int, note: dict[str, Any]) -> tuple[int, int | None]:
         """Return where the body begins and how long the whole file is; ``None`` when only its end tells.
 
         Raises:
-            DownloadError: it is no file, or nothing would tell a whole file from a part of it.
-            InterruptedTransferError: the server answers for another part, or for another file than before.
+            DownloadError: nothing would tell a whole file from a part of it.
+            StalePartError: the server answers for another part, or for another file than before.
         """
-        self.require_file(response)
         if response.status != 206:  # the whole file: the server knows no ranges, or the file is another one now
             have = 0
         total = None if response.length is None else have + response.length
         if response.status == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             total = int(match[2]) if match and match[2] != "*" else total
-            validators = {_validator(response.headers), note.get("validator", "")} - {""}
+            validators = {validator_of(response.headers), note.get("validator", "")} - {""}
             same = note.get("total") in (None, total) and len(validators) < 2
             if match is None or int(match[1]) != have or not same:
-                self.discard()
-                raise InterruptedTransferError("the server sent another part than asked for")
+                raise StalePartError("the server sent another part than asked for")
         if total is None and not response.chunked and not self.sha256:
             raise DownloadError(
                 f"{self.url}: the server names no length and nothing pins the content, so a part of it would pass",
                 hint=f"--weights '{self.url}#sha256=<digits>'",
             )
         return have, total
-
-    def require_file(self, response: http.client.HTTPResponse) -> None:
-        """Refuse what is a success for a browser and no file."""
-        kind = response.headers.get_content_type() if response.headers.get("Content-Type") else ""
-        encoding = response.headers.get("Content-Encoding", "identity")
-        wrong = ""
-        if response.status not in (200, 206) or response.length == 0:
-            wrong = f"status {response.status} with {response.length or 0} bytes"
-        elif kind == "text/html":
-            wrong = "a web page, perhaps a login"
-        elif encoding != "identity":
-            wrong = f"{encoding}-compressed bytes although plain ones were asked for"
-        if wrong:
-            raise DownloadError(
-                f"{self.url}: expected a file, got {wrong}", hint="download it yourself, then --weights PATH"
-            )
 
     def copy(self, response: http.client.HTTPResponse, have: int, total: int | None) -> None:
         """Append the body.
@@ -284,7 +205,7 @@ class _Transfer:
                 stream.truncate(have)
                 stream.seek(have)
             progress(have)
-            while block := self.read(response):
+            while block := read(response, _BLOCK):
                 with cache_errors(folder):
                     stream.write(block)
                 have += len(block)
@@ -294,13 +215,6 @@ class _Transfer:
                 os.fsync(stream.fileno())
         if total is not None and have < total:
             raise InterruptedTransferError(f"the server stopped after {units.size(have)} of {units.size(total)}")
-
-    def read(self, response: http.client.HTTPResponse) -> bytes:
-        """Read a block; a connection that breaks is no disk that breaks."""
-        try:
-            return response.read1(_BLOCK)  # what is there, so that a kill loses little
-        except (OSError, http.client.HTTPException) as error:
-            raise InterruptedTransferError(str(error) or type(error).__name__) from error
 
     def size(self) -> int:
         return self.partial.stat().st_size if self.partial.is_file() else 0
@@ -332,9 +246,3 @@ class _Transfer:
         temporary = self.note.with_name(self.note.name + ".tmp")
         temporary.write_text(json.dumps(data), encoding="utf-8")
         temporary.replace(self.note)
-
-
-def _validator(headers: email.message.Message) -> str:
-    """Return what tells this version of a file from others, for If-Range: a strong ETag, else the date."""
-    etag = headers.get("ETag", "")
-    return etag if etag.startswith('"') else headers.get("Last-Modified", "")

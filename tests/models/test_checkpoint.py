@@ -15,7 +15,7 @@ from support import effdeploy
 from deploy.errors import CheckpointError, NonFiniteWeightsError, UnsafeCheckpointError
 from deploy.models import find_system
 from deploy.models.base import load_model
-from deploy.models.checkpoint import read_checkpoint
+from deploy.models.checkpoint import Checkpoint, WeightMap, fit_checkpoint, read_checkpoint
 from deploy.records import Target
 from deploy.resolve import resolve_recipe
 
@@ -318,3 +318,84 @@ def test_a_defect_of_a_system_is_not_blamed_on_the_recipe():
     system = replace(SYSTEM, build=build)
     with pytest.raises(TypeError, match="a defect"):
         load_model(system, resolve_recipe("riformer", {"variant": ("", "tiny")}), Target.ONNXRUNTIME)
+
+
+def resnet(state):
+    """A checkpoint of quite another model."""
+    return {f"layer{i}.{j}.conv1.weight": torch.zeros(4, 4, 3, 3) for i in range(4) for j in range(60)}
+
+
+def half_missing(state):
+    return {k: v for k, v in state.items() if "network.0" not in k} | {f"extra.{i}": torch.zeros(2) for i in range(40)}
+
+
+@pytest.mark.parametrize("other", [resnet, half_missing])
+def test_a_foreign_checkpoint_is_told_in_a_few_lines_with_counts(other, state, tmp_path):
+    torch.save(other(state), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path / "w.pth")
+    lines = caught.value.message.splitlines()
+    assert len(lines) <= 8
+    options = {**SYSTEM.variants["tiny"].options, "classes": 1000}
+    model = len(SYSTEM.build(options, (224, 224), "reparameterised").state_dict())  # the layout with fewest keys
+    count, extra = (model, 240) if other is resnet else (sum("network.0" in k for k in state), 40)
+    assert lines[0].endswith(f": {count} missing, {extra} unexpected")
+    assert sum(line.startswith("  missing: ") for line in lines) == 3
+    assert sum(line.startswith("  unexpected: ") for line in lines) == 3
+    assert lines[-1] == f"  ... and {count + extra - 6} more"
+    assert ("another model" in caught.value.hint) == (other is resnet)
+
+
+def test_every_kind_of_misfit_is_shown(state, tmp_path):
+    """Many of one kind do not crowd the others out."""
+    broken = {**half_missing(state), "backbone.patch_embed.proj.bias": torch.zeros(9)}
+    broken["backbone.patch_embed.proj.weight"] = torch.zeros(state["backbone.patch_embed.proj.weight"].shape).int()
+    torch.save(broken, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path / "w.pth")
+    assert {line.split(":")[0].strip() for line in caught.value.message.splitlines()[1:-1]} == {
+        "missing", "shape", "dtype", "unexpected",
+    }  # fmt: skip
+
+
+INTEGERS = {
+    "bn.num_batches_tracked": torch.tensor(70000),
+    "index": torch.arange(12).view(3, 4),
+    "mask": torch.eye(3) > 0,
+}
+
+
+def fit(**changed):
+    tensors = {**INTEGERS, "w": torch.ones(2), **changed}
+    expected = {**INTEGERS, "w": torch.ones(2)}
+    maps = (WeightMap(name="own", layout="own", rename=str),)
+    return fit_checkpoint(Checkpoint(tensors=tensors, sha256="", wrapping=""), maps, lambda layout: expected, str).state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.uint8, torch.float64])
+def test_integer_buffers_may_have_any_type_that_holds_them(dtype):
+    got = fit(**{k: v.to(dtype) for k, v in INTEGERS.items() if k != "bn.num_batches_tracked"})
+    for key, value in INTEGERS.items():
+        assert got[key].dtype == value.dtype
+        assert torch.equal(got[key], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int32])
+def test_the_counter_of_a_batch_norm_may_have_any_type_and_value(dtype):
+    got = fit(**{"bn.num_batches_tracked": torch.tensor(1234.5).to(dtype)})
+    assert got["bn.num_batches_tracked"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("index", torch.full((3, 4), 0.5)),
+        ("index", torch.full((3, 4), 257.0)),  # as bfloat16 it may have been 256 or 258 as well
+        ("index", torch.full((3, 4), float("nan"))),
+        ("mask", torch.full((3, 3), 2)),
+        ("w", torch.ones(2, dtype=torch.int64)),
+    ],
+)
+def test_values_that_a_type_cannot_hold_do_not_fit(name, value):
+    with pytest.raises(CheckpointError, match=f"dtype: {name} is"):
+        fit(**{name: value})

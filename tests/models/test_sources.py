@@ -25,7 +25,7 @@ from deploy.artifacts import read_manifest, sha256_of
 from deploy.console import Console, Mode
 from deploy.errors import CheckpointError, DownloadError, RecipeError, StorageError
 from deploy.models import SYSTEMS, find_system
-from deploy.models import download as download_module
+from deploy.models.answers import _Redirects
 from deploy.models.base import load_model
 from deploy.models.cache import CACHE_VARIABLE, cache_folder
 from deploy.models.download import Patience, download
@@ -33,6 +33,7 @@ from deploy.models.hub import choose_file
 from deploy.models.sources import Source, choose_text, fetch, parse_source
 from deploy.records import Target
 from deploy.resolve import recipe_layers, resolve_recipe
+from deploy.reuse import weights_identity
 
 BODY = b"".join(hashlib.sha256(str(i).encode()).digest() for i in range(2000))  # 64 kB, no two parts alike
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -227,7 +228,7 @@ def test_redirects_that_lead_nowhere(to, site):
 
 
 def test_https_is_not_left_by_a_redirect():
-    request, handler = urllib.request.Request("https://h/w.pth"), download_module._Redirects()
+    request, handler = urllib.request.Request("https://h/w.pth"), _Redirects()
     with pytest.raises(urllib.error.HTTPError, match="redirected from https to http"):
         handler.redirect_request(request, io.BytesIO(), 302, "Found", {}, "http://h/w.pth")
     assert handler.redirect_request(request, io.BytesIO(), 302, "Found", {}, "https://i/w.pth") is not None
@@ -608,6 +609,29 @@ def test_errors_of_sources_have_their_exit_codes(site, checkpoint, tmp_path):
         result = effdeploy(*TINY, "--weights", text, "--out", tmp_path / "bundle")
         assert (result.exit_code, words in " ".join(result.stderr.split())) == (code, True), result.stderr
         assert not (tmp_path / "bundle").exists()
+
+
+def test_a_wrong_pin_is_refused_where_the_rest_could_be_reused(checkpoint, tmp_path):
+    path, sha256 = checkpoint
+    for text, code in ((path, 0), (f"{path}#sha256={sha256[:8]}", 0), (f"{path}#sha256={sha256[::-1]}", 20)):
+        result = effdeploy(*TINY[:-1], "model", "--weights", text, "--out", tmp_path / "bundle")
+        assert result.exit_code == code, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "identified"),
+    [
+        (f"https://h/w.pth#sha256={SHA}", True),
+        (f"hf://a/b@{servers.COMMIT}", True),
+        ("https://h/w.pth#sha256=6741ce71", False),
+        ("https://h/w.pth", False),
+        ("hf://a/b@main", False),
+        ("none.pth", False),
+    ],
+)
+def test_only_what_cannot_change_identifies_weights_without_loading_them(text, identified):
+    recipe = resolve_recipe("riformer", {"weights": ("", text)})
+    assert (weights_identity(recipe) == weights_identity(recipe)) == identified
 
 
 def test_a_file_may_be_pinned(checkpoint):
