@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.backends.audit import GraphTypes, Kernel, fused_counts, kernel_counts
+from deploy.backends.audit import GraphTypes, Kernel, fused_counts, graph_warnings, kernel_counts, times
 from deploy.records import Audit, Precision
 
 _PRECISIONS = {
@@ -48,13 +48,14 @@ def kernels_of(events: Sequence[Event], graph: GraphTypes) -> list[Kernel]:
     for event in events:
         arguments = event["args"]
         reads = _types(arguments.get("input_type_shape", ()))
-        found = reads or _types(arguments.get("output_type_shape", ()))
+        writes = _types(arguments.get("output_type_shape", ()))
+        found = reads or writes
         precision = "other" if not found else next(iter(found)) if len(found) == 1 else "mixed"
         name = _node_name(event["name"], graph)
         kernels.append(
             Kernel(
                 name=name, precision="cast" if arguments["op_name"] == "Cast" else precision, reads=reads,
-                fused=_FUSED.get(arguments["op_name"], ""), nodes=(name,),
+                writes=writes, fused=_FUSED.get(arguments["op_name"], ""), nodes=(name,), microseconds=event["dur"],
             )
         )  # fmt: skip
     return kernels
@@ -71,7 +72,11 @@ def _types(tensors: Sequence[Mapping[str, Any]]) -> frozenset[str]:
 
 
 def audit_profile(asked: Precision, graph: GraphTypes, kernels: Sequence[Kernel], device: str) -> Audit:
-    """Hold a profiled run against what was asked: it must be in the graph; the kernels are told as they are."""
+    """Hold a profiled run against what was asked: it must be in the graph; the kernels are told as they are.
+
+    In the graph means: in its matrix nodes where it has any. ONNX Runtime fuses no attention and expands some norms
+    whatever the precision, so no fused kernels are expected of it.
+    """
     nodes, total = graph.counts.get(asked.value, 0), sum(graph.counts.values())
     counts = kernel_counts(kernels)
     computing = sum(n for kind, n in counts.items() if kind not in ("cast", "other"))
@@ -88,8 +93,10 @@ def audit_profile(asked: Precision, graph: GraphTypes, kernels: Sequence[Kernel]
         if counts.get(asked.value, 0) * 2 < computing:
             statement += f": {label} is a size option here, not a speed-up"
     shorter = graph.counts.get("fp16", 0) + graph.counts.get("bf16", 0)
+    held = asked.value in graph.matrix.values() if graph.matrix else bool(nodes)
     return Audit(
         asked=asked, evidence="graph types and profile of one run", kernels=counts,
-        fused=fused_counts(kernels), ok=not shorter if asked is Precision.FP32 else bool(nodes),
-        statement=statement,
+        fused=fused_counts(kernels), ok=not shorter if asked is Precision.FP32 else held,
+        statement=statement, weights=graph.weights, microseconds=times(kernels),
+        warnings=tuple(graph_warnings(asked, graph)),
     )  # fmt: skip

@@ -14,7 +14,6 @@ on TensorRT-RTX in its place, and the tests marked ``gpu`` are the same that the
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import time
@@ -34,7 +33,7 @@ from deploy.backends.gpu_state import read_state
 from deploy.backends.native import collector_paused, signals_deferred
 from deploy.backends.timing_cache import TimingCache, cache_file
 from deploy.backends.trt_config import add_profiles, choose_profile, configure, described, monitor, ranges_of
-from deploy.backends.trt_layers import kernels_from_inspector
+from deploy.backends.trt_layers import inspector_data, io_from_inspector, kernels_from_inspector
 from deploy.errors import BackendUnavailableError, BenchmarkError, EffdeployError, EngineBuildError
 from deploy.records import Batch, EngineRecord, Target, TensorSpec
 
@@ -96,8 +95,9 @@ class TensorRtBackend:
         )
         plan = build_plan(model, options, cache)
         seconds = time.perf_counter() - start
-        kernels = kernels_from_inspector(inspect_plan(trt, plan))
-        audit = audited(audit_engine(options.precision, graph_types(model), kernels, "engine inspector"))
+        told = inspect_plan(trt, plan)
+        kernels, io = kernels_from_inspector(told), io_from_inspector(told)
+        audit = audited(audit_engine(options.precision, graph_types(model), kernels, "engine inspector", io))
         path = folder / f"engine-sm{gpu.sm}.plan"
         with storage_errors(f"cannot write {path.name}"):
             path.write_bytes(plan)
@@ -320,15 +320,16 @@ def inspect_plan(trt: Any, plan: bytes) -> dict[str, Any]:
     """Return what the engine inspector says about a serialised engine, as data.
 
     Raises:
-        EngineBuildError: the engine cannot be deserialised, or the inspector gave no JSON.
+        EngineBuildError: the engine cannot be deserialised.
+        PrecisionAuditError: the inspector gave no JSON object, or one that is cut.
     """
     from polygraphy.backend.trt import engine_from_bytes
 
     with _translated("inspect the engine", EngineBuildError):
         cuda_engine = engine_from_bytes(plan)
         inspector = cuda_engine.create_engine_inspector()
-        data: dict[str, Any] = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    return data
+        text = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    return inspector_data(text)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from deploy.backends.base import BuildOptions, Runner
 from deploy.backends.gpu import first_gpu
 from deploy.backends.native import collector_paused, signals_deferred
 from deploy.backends.trt_config import add_profiles, configure, described, monitor
-from deploy.backends.trt_layers import kernels_from_log
+from deploy.backends.trt_layers import io_from_log, kernels_from_log
 from deploy.errors import BackendUnavailableError, EngineBuildError
 from deploy.records import EngineRecord, Target
 
@@ -107,8 +107,8 @@ class TensorRtRtxBackend:
         with signals_deferred() as cancelled, collector_paused():
             plan, log = _compile(trt, model, options, sm, cancelled)
         seconds = time.perf_counter() - start
-        kernels = kernels_from_log(log)
-        audit = audited(audit_engine(options.precision, graph_types(model), kernels, "build log"))
+        kernels, io = kernels_from_log(log), io_from_log(log)
+        audit = audited(audit_engine(options.precision, graph_types(model), kernels, "build log", io))
         path = folder / f"engine-sm{sm}.rtx"
         with storage_errors(f"cannot write {path.name}"):
             path.write_bytes(plan)

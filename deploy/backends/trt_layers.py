@@ -6,11 +6,15 @@ of text and data: nothing here needs TensorRT.
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deploy.backends.audit import Kernel
+from deploy.backends.audit import UNKNOWN, Kernel
+from deploy.errors import PrecisionAuditError
 
 # Entries that launch nothing on the GPU: shape arithmetic on the host and synchronisation between streams.
 _NOT_KERNELS = frozenset({"shape_call", "signal", "wait", "NoOp"})
@@ -27,7 +31,12 @@ _ENTRY = re.compile(
 _TENSOR = re.compile(r"Name: .*?, (?:Location: \w+, )?Dimensions: \[(?P<dims>[^\]]*)\].*?Datatype: (?P<type>\w+)")
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX Layer|[\x1d-\x1f]|__|\s|$)")  # "]__gemm_from_conv1x1" occurs
 
-Tensor = tuple[str, int]  # precision ("" for integers), rank
+_IO = re.compile(r"^ ?Name: (?P<name>.*?), IOMode: \w+, ", re.MULTILINE)
+_PROFILE = re.compile(r" \[profile \d+\]$")  # 10.x repeats its bindings for each optimisation profile
+
+_AGAIN = "build again; an engine needs the profiling verbosity DETAILED to tell its layers"
+
+Tensor = tuple[str, tuple[int, ...]]  # precision ("" for integers, "unknown" for what is no known type), shape
 
 
 def kernels_from_log(log: str) -> list[Kernel]:
@@ -46,6 +55,25 @@ def kernels_from_log(log: str) -> list[Kernel]:
     ]
 
 
+def inspector_data(text: str) -> dict[str, Any]:
+    """Read the JSON text of ``get_engine_information``.
+
+    Raises:
+        PrecisionAuditError: it is cut, or no object with a list of layers: nothing can be audited.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise PrecisionAuditError(
+            f"the engine inspector's JSON ({len(text)} characters) cannot be read: {error}", hint=_AGAIN
+        ) from error
+    if not isinstance(data, dict) or not isinstance(data.get("Layers"), list):
+        raise PrecisionAuditError(
+            f"the engine inspector gave {text[:80]!r}, expected an object with Layers", hint=_AGAIN
+        )
+    return data
+
+
 def kernels_from_inspector(data: Mapping[str, Any]) -> list[Kernel]:
     """Read ``get_engine_information(JSON)``, built with detailed profiling verbosity.
 
@@ -60,8 +88,10 @@ def kernels_from_inspector(data: Mapping[str, Any]) -> list[Kernel]:
             outputs=[_json_tensor(t) for t in layer.get("Outputs", ())],
             metadata=layer.get("Metadata", ""),
         )
+        if isinstance(layer, Mapping)
+        else Kernel(name=str(layer), precision=UNKNOWN, reads=frozenset())  # built with names only
         for layer in data.get("Layers", ())
-        if isinstance(layer, Mapping) and layer.get("LayerType") not in _NOT_KERNELS
+        if not (isinstance(layer, Mapping) and layer.get("LayerType") in _NOT_KERNELS)
     ]
 
 
@@ -69,25 +99,33 @@ def io_from_inspector(data: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of an engine's inputs and outputs: ``Bindings`` in 10.x, ``I/O Tensors`` in 11.x."""
     if "I/O Tensors" in data:
         return tuple(tensor["Name"] for tensor in data["I/O Tensors"])
-    return tuple(data.get("Bindings", ()))
+    return tuple(dict.fromkeys(_PROFILE.sub("", name) for name in data.get("Bindings", ())))
+
+
+def io_from_log(log: str) -> tuple[str, ...]:
+    """Return the names of an engine's inputs and outputs from the list that follows ``Layers:``; a cut log has none."""
+    return tuple(found["name"] for found in _IO.finditer(log))
 
 
 def _tensors(text: str) -> list[Tensor]:
-    return [
-        (_precision(t["type"]), len([n for n in t["dims"].split(",") if n.strip()])) for t in _TENSOR.finditer(text)
-    ]
+    return [(_precision(t["type"]), _shape(t["dims"].split(","))) for t in _TENSOR.finditer(text)]
 
 
 def _json_tensor(tensor: Mapping[str, Any]) -> Tensor:
     named = tensor.get("Datatype") or tensor.get("DataType") or tensor.get("Format/Datatype", "")
-    return _precision(str(named)), len(tensor.get("Dimensions", ()))
+    return _precision(str(named)), _shape(tensor.get("Dimensions", ()))
+
+
+def _shape(sizes: Sequence[Any]) -> tuple[int, ...]:
+    """Read a shape; a size that is known only at run time counts as 1."""
+    return tuple(int(n) if str(n).strip().isdigit() else 1 for n in sizes if str(n).strip())
 
 
 def _precision(text: str) -> str:
     low = text.lower()
     if any(low.startswith(integer) for integer in _INTEGERS):
         return ""
-    return next((precision for word, precision in _TYPES if word in low), "")
+    return next((precision for word, precision in _TYPES if word in low), UNKNOWN)
 
 
 def _kernel(
@@ -99,16 +137,28 @@ def _kernel(
     outputs: Sequence[Tensor],
     metadata: str,
 ) -> Kernel:
-    weights = {precision for precision, rank in constants if precision and rank >= 2}
+    weights = {precision for precision, shape in constants if precision and len(shape) >= 2}
     reads = {precision for precision, _ in inputs if precision}
-    deciding = weights if len(weights) == 1 else reads or {precision for precision, _ in outputs if precision}
+    writes = {precision for precision, _ in outputs if precision}
+    deciding = weights if len(weights) == 1 else reads or writes
+    silent = not (inputs or constants or outputs) or UNKNOWN in deciding
+    counted: Counter[str] = Counter()
+    for precision, shape in constants:
+        if precision:
+            counted[precision] += math.prod(shape)
     return Kernel(
         name=name,
-        precision="other" if not deciding else next(iter(deciding)) if len(deciding) == 1 else "mixed",
-        reads=frozenset(reads | weights),
+        precision=UNKNOWN if silent else _one_of(deciding),
+        reads=frozenset(reads | weights) - {UNKNOWN},
+        writes=frozenset(writes) - {UNKNOWN},
         fused=_fused(name, kind),
         nodes=tuple(_NODE.findall(metadata)),
+        weights=dict(counted),
     )
+
+
+def _one_of(types: set[str]) -> str:
+    return "other" if not types else next(iter(types)) if len(types) == 1 else "mixed"
 
 
 def _fused(name: str, kind: str) -> str:
@@ -116,7 +166,7 @@ def _fused(name: str, kind: str) -> str:
     if "mha" in name.lower():
         return "attention"
     ops = re.findall(r"[A-Z][a-z0-9]+", name.removeprefix("__myl_").split("_myl")[0]) if "__myl_" in name else []
-    if "Inor" in ops or {"Mean", "Sqrt"} <= set(ops):
+    if "Inor" in ops or {"Mean", "Sqrt"} <= set(ops) or "normalization" in kind.lower():
         return "norm"
     if kind == "correlation" or {"Corr", "Conv"} & set(ops):
         return "conv"
