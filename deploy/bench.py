@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -290,6 +291,8 @@ def _warnings(track: _Track) -> Iterator[str]:
             else ""
         )
         yield f"{label}: latencies vary by {cov:.1%} (CoV, limit {COV_LIMIT:.1%}){load}"
+    if c.device == "cpu" and c.threads > (cores := _cores()):
+        yield f"{label}: was set to {c.threads} threads, this process has {cores} cores: they wait for each other"
     if len(wall) < FEW_SAMPLES:
         yield f"{label}: p99 of {len(wall)} samples is hardly more than the slowest call; {FEW_SAMPLES} or more tell"
     if c.device == "cpu" and c.threads == 1 and track.process_cpu > _HIDDEN_THREADS * track.thread_cpu:
@@ -297,6 +300,10 @@ def _warnings(track: _Track) -> Iterator[str]:
             f"{label}: was set to one thread, but the process used {track.process_cpu / max(track.thread_cpu, 1):.1f}x "
             "the CPU time of the calling thread; ratios use wall time"
         )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _method(tracks: list[_Track], options: BenchOptions, cpu: bool) -> str:

@@ -24,7 +24,7 @@ from deploy.records import Artifact, BenchRecord, RunRecord
 from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
 from deploy.summary import ratios_of
 
-LATENCY_COLUMNS = ("candidate", "batch", "threads", "p50", "p90", "p95", "p99", "CoV", "images/s", "faster than")
+LATENCY_COLUMNS = ("candidate", "batch", "threads", "p50", "p90", "p95", "p99", "CoV", "images/s", "speed-up over")
 
 
 def verify_bundle(
@@ -103,8 +103,9 @@ def bench_bundles(
             found += [_renamed(candidate, names[index], len(bundles)) for candidate in opened]
             recipes.append(recipe)
         record = measure(found, bench_options(recipes[0]))
-        step.note(record.method)
+        step.note(f"{len(found)} candidates, {record.ratios[0].rounds} rounds" if record.ratios else f"{len(found)} timed")
     console.table("latency", LATENCY_COLUMNS, _latency_rows(record))
+    console.line(record.method, "quiet")
     for warning in record.warnings:
         console.warn(warning)
     console.result(record)

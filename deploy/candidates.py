@@ -33,7 +33,7 @@ from deploy.parity.compare import Candidate
 from deploy.precision.emulate import emulated
 from deploy.recipe import Recipe
 from deploy.records import Artifact, EngineRecord, Precision, TensorSpec
-from deploy.trace import bare_export
+from deploy.trace import bare_export, quiet_torch
 
 DEPLOY_FORM, ENGINE = "deploy form", "engine"  # names of stages
 
@@ -253,7 +253,8 @@ def _eager(loaded: Loaded, options: BuildOptions, feeds: Feeds) -> Runner:
 def _compiled(loaded: Loaded, options: BuildOptions, feeds: Feeds) -> Runner:
     runner = TorchRunner(cast(nn.Module, torch.compile(loaded.reference)), loaded.system.outputs)
     try:
-        runner.infer(feeds)  # compiles
+        with quiet_torch():
+            runner.infer(feeds)  # compiles
     except Exception as error:  # torch.compile raises what its code generator and the C++ compiler raise
         raise BenchmarkError(
             f"baseline compile: torch.compile failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}",

@@ -11,7 +11,7 @@ from deploy.recipe import configs_folder, read_yaml
 from deploy.records import CatalogueRecord, SystemRecord, VariantRecord
 from deploy.resolve import resolve_recipe
 
-COLUMNS = ("variant", "parameters (M)", "GFLOPs", "input", "")
+COLUMNS = ("variant", "parameters (M)", "multiply-adds (G)", "input", "")
 
 
 def catalogue() -> tuple[SystemRecord, ...]:

@@ -83,7 +83,7 @@ def onnx_from_torch(module: nn.Module, request: TraceRequest, folder: Path) -> T
     start = time.perf_counter()
     size = 2 if request.batch.dynamic else request.batch.opt
     arguments = example_inputs(request.inputs, size)
-    with _quiet(), _without_collection():
+    with quiet_torch(), _without_collection():
         program = _capture(module, arguments, request)
         converted = _convert(program, request)
     _rename(converted.model)
@@ -107,13 +107,13 @@ def onnx_from_torch(module: nn.Module, request: TraceRequest, folder: Path) -> T
 
 def bare_export(module: nn.Module, arguments: tuple[torch.Tensor, ...], path: Path, names: tuple[str, ...]) -> Path:
     """Export with ``torch.onnx.export`` and its defaults: the baseline that users have today."""
-    with _quiet():
+    with quiet_torch():
         torch.onnx.export(module, arguments, path, dynamo=True, input_names=list(names), verbose=False)
     return path
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_torch() -> Iterator[None]:
     """Send what the exporter warns and logs to our log instead of the terminal, where torch's own handlers write."""
     noisy = [
         logging.getLogger(name) for name in ("torch", *logging.root.manager.loggerDict) if name.startswith("torch")
