@@ -103,7 +103,8 @@ def bench_bundles(
             found += [_renamed(candidate, names[index], len(bundles)) for candidate in opened]
             recipes.append(recipe)
         record = measure(found, bench_options(recipes[0]))
-        step.note(f"{len(found)} candidates, {record.ratios[0].rounds} rounds" if record.ratios else f"{len(found)} timed")
+        rounds = record.ratios[0].rounds if record.ratios else 0
+        step.note(f"{len(found)} timed" + (f" against each other in {rounds} rounds" if rounds else ""))
     console.table("latency", LATENCY_COLUMNS, _latency_rows(record))
     console.line(record.method, "quiet")
     for warning in record.warnings:

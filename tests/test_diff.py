@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from support import effdeploy
@@ -48,6 +50,13 @@ def silent(a, b, **options):
 def test_the_metrics_are_the_documented_ones():
     kinds = {name: kind for readers in (READERS, LATENCY_READERS) for name, (_, kind, _) in readers.items()}
     assert kinds == METRICS
+
+
+def test_the_document_lists_every_metric():
+    text = (Path(__file__).parent.parent / "docs" / "diff.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- begin metrics -->")[2].partition("<!-- end metrics -->")[0]
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", block, re.MULTILINE))
+    assert listed == {name: about for readers in (READERS, LATENCY_READERS) for name, (about, _, _) in readers.items()}
 
 
 def test_a_bundle_does_not_differ_from_itself(tiny_bundle):
@@ -140,6 +149,14 @@ def test_measure_times_both_now(tiny_bundle, variant_of, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "gate latency>300%: passed" in result.stdout
     assert effdeploy("diff", tiny_bundle, copy, "--seconds", "1").exit_code == 2
+    assert "threads, this process has" not in result.stderr
+
+
+def test_more_threads_than_cores_is_said(tiny_bundle, tmp_path):
+    copy = shutil.copytree(tiny_bundle, tmp_path / "other")
+    result = effdeploy("diff", tiny_bundle, copy, "--measure", "--seconds", "0.05", "--threads", "64")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"was set to 64 threads, this process has \d+ cores", result.stderr)
 
 
 @pytest.mark.parametrize(

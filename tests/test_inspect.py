@@ -299,6 +299,14 @@ def test_nothing_there_and_no_bundle(tmp_path):
     assert (result.exit_code, "not a bundle" in result.stderr) == (17, True)
 
 
+def test_list_and_inspect_count_in_one_unit(tiny_bundle):
+    """Multiply-adds everywhere; the doubled figure stands only where it is explained."""
+    listed = effdeploy("list").stdout
+    assert "multiply-adds (G)" in listed
+    assert "GFLOPs" not in listed
+    assert "counted as two operations each" in effdeploy("inspect", tiny_bundle).stdout
+
+
 def test_module_paths_of_both_exporters():
     assert module_path("stages.2.mlp.fc1/Conv_1", 2) == "stages.2"
     assert module_path("/layer1/layer1.0/conv1/Conv", 2) == "layer1/layer1.0"
