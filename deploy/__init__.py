@@ -15,16 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deploy.api import benchmark as benchmark
+    from deploy.api import build as build
     from deploy.api import convert as convert
+    from deploy.api import diff as diff
     from deploy.api import export as export
+    from deploy.api import inspect as inspect
     from deploy.api import plan as plan
     from deploy.api import render as render
     from deploy.api import systems as systems
     from deploy.api import verify as verify
+    from deploy.comparing import BundleDiff as BundleDiff
     from deploy.console import Console as Console
     from deploy.console import Mode as Mode
+    from deploy.contents import BundleReport as BundleReport
+    from deploy.contents import CheckpointReport as CheckpointReport
+    from deploy.contents import EngineReport as EngineReport
     from deploy.errors import EffdeployError as EffdeployError
+    from deploy.graph.inspection import GraphReport as GraphReport
     from deploy.records import BenchRecord as BenchRecord
+    from deploy.records import BuildRecord as BuildRecord
     from deploy.records import ConversionRecord as ConversionRecord
     from deploy.records import ParityRecord as ParityRecord
     from deploy.records import PlanRecord as PlanRecord
@@ -41,12 +50,15 @@ __version__ = "0.1.0"
 
 # Where each public name lives. No function has the name of a submodule: importing that would take its place.
 _HOMES = {
-    "deploy.api": ("benchmark", "convert", "export", "plan", "render", "systems", "verify"),
+    "deploy.api": ("benchmark", "build", "convert", "diff", "export", "inspect", "plan", "render", "systems", "verify"),
+    "deploy.comparing": ("BundleDiff",),
     "deploy.console": ("Console", "Mode"),
+    "deploy.contents": ("BundleReport", "CheckpointReport", "EngineReport"),
     "deploy.errors": ("EffdeployError",),
+    "deploy.graph.inspection": ("GraphReport",),
     "deploy.records": (
-        "BenchRecord", "ConversionRecord", "ParityRecord", "PlanRecord", "Precision", "RunRecord", "Stage",
-        "SystemRecord", "Target",
+        "BenchRecord", "BuildRecord", "ConversionRecord", "ParityRecord", "PlanRecord", "Precision", "RunRecord",
+        "Stage", "SystemRecord", "Target",
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -11,8 +11,9 @@ A keyword is the option's name with underscores; where that is a word of Python,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from deploy.comparing import BundleDiff
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from deploy.contents import BundleReport, CheckpointReport, EngineReport
     from deploy.graph.inspection import GraphReport
     from deploy.recipe import Recipe
-    from deploy.records import BenchRecord, ConversionRecord, PlanRecord, RunRecord, Stage, SystemRecord
+    from deploy.records import BenchRecord, BuildRecord, ConversionRecord, PlanRecord, RunRecord, Stage, SystemRecord
 
 PathLike = str | Path
 Names = str | Sequence[str]
 Size = int | str | tuple[int, int]
 Assignments = Mapping[str, Any] | Sequence[str]
+E = TypeVar("E", bound=Enum)
 
 
 def export(
@@ -194,6 +196,81 @@ def convert(
     console.line(f"wrote       {out}")
     console.result(record)
     return record
+
+
+def build(
+    source: PathLike,
+    *,
+    backend: str = "tensorrt",
+    batch: int | str | Sequence[int | str] | None = None,
+    sm: str | Sequence[int] | None = None,
+    level: int | None = None,
+    workspace: int | str | None = None,
+    tf32: bool | None = None,
+    timing_cache: bool | None = None,
+    version_compatible: bool | None = None,
+    hardware: str | None = None,
+    refit: bool | None = None,
+    strip: bool | None = None,
+    precision: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    out: PathLike | None = None,
+    console: Console | None = None,
+) -> RunRecord | tuple[BuildRecord, ...]:
+    """Build engines on this machine from a bundle or an ONNX file that was made elsewhere.
+
+    Args:
+        source: A bundle's folder, or an ONNX file.
+        backend: ``"tensorrt"``, ``"tensorrt_rtx"`` or ``"onnxruntime"``.
+        batch: ``4`` or ``"1:8:32"``; a sequence of them gives several optimisation profiles.
+        sm: Ahead-of-time targets of tensorrt_rtx, e.g. ``(80, 89)`` or ``"80,89"``.
+        level: Builder optimisation level, 0 to 5.
+        workspace: Limit of the builder's scratch memory, in bytes or e.g. ``"4GiB"``.
+        tf32: Whether FP32 products may use TF32.
+        timing_cache: Keep TensorRT's timings for later builds.
+        version_compatible: An engine for later minor versions too.
+        hardware: ``"none"``, ``"ampere_plus"`` or ``"same_compute_capability"``.
+        refit: Let the engine's weights be replaced.
+        strip: Leave the weights out of the engine.
+        precision: Refuse a graph that is not ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        device: Of onnxruntime: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        threads: CPU threads of the engine.
+        out: New bundle, or folder for the engine; default: beside the source.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        The new bundle's run; for an ONNX file a record per engine.
+
+    Raises:
+        BundleError: The source is neither, or a file of the bundle was changed.
+        PrecisionError: The graph is of another precision than asked.
+        SizeError: The graph cannot take the batch sizes.
+        BackendUnavailableError: The backend cannot build here.
+        EngineBuildError: Parser or builder refused the graph.
+    """
+    from deploy.building import build as build_engines
+    from deploy.records import Precision
+
+    options = {
+        "engine.backend": ("--backend", backend),
+        "engine.sm": ("--sm", _listed(sm)),
+        "engine.level": ("--level", level),
+        "engine.workspace": ("--workspace", workspace),
+        "engine.tf32": ("--tf32", tf32),
+        "engine.timing_cache": ("--timing-cache", timing_cache),
+        "engine.version_compatible": ("--version-compatible", version_compatible),
+        "engine.hardware": ("--hardware", hardware),
+        "engine.refit": ("--refit", refit),
+        "engine.strip": ("--strip", strip),
+        "engine.device": ("--device", device),
+        "bench.threads": ("--threads", threads),
+    }
+    batches = () if batch is None else (batch,) if isinstance(batch, (int, str)) else tuple(batch)
+    return build_engines(
+        Path(source), _quiet(console), options=options, batches=tuple(str(text) for text in batches),
+        precision=_one_of(Precision, precision, "precision"), out=_path(out),
+    )  # fmt: skip
 
 
 def verify(
@@ -412,6 +489,20 @@ def _road(
 
     first, last = stages_between(from_, until)
     return first if from_ else None, last, Path(out) if out else Path("engines") / default_name(recipe)
+
+
+def _one_of(kind: type[E], name: str | None, what: str) -> E | None:
+    """Read a value of an enumeration.
+
+    Raises:
+        UnknownNameError: it has no such value.
+    """
+    from deploy.errors import UnknownNameError, did_you_mean
+
+    values = {member.value: member for member in kind}
+    if name is not None and name not in values:
+        raise UnknownNameError(f"{what}: no {name!r}", hint=did_you_mean(name, values))
+    return None if name is None else values[name]
 
 
 def _quiet(console: Console | None) -> Console:

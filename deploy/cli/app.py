@@ -67,6 +67,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout; text for people on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Verdict and problems only.")]
 Log = Annotated[Path | None, typer.Option("--log", help="Append what the libraries say to this file.")]
+Bundle = Annotated[Path, typer.Argument(help="Bundle folder.", autocompletion=completing.bundles)]
 Bundles = Annotated[
     list[Path],
     typer.Argument(

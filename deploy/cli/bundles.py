@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from deploy.cli.app import Baselines, Bundles, Images, Json, Log, Quiet, Seconds, Threads, Weights, app, session
+from deploy.cli.app import Baselines, Bundle, Bundles, Images, Json, Log, Quiet, Seconds, Threads, Weights, app, session
 
 
 @app.command()
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    bundle: Bundle,
     weights: Weights = None,
     images: Images = None,
     as_json: Json = False,
