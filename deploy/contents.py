@@ -156,7 +156,7 @@ def inspect_checkpoint(path: Path) -> CheckpointReport:
     checkpoint = read_checkpoint(path)
     fits, nearest = fitting(checkpoint)
     tensors = tuple(
-        TensorSpec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+        TensorSpec(name=name, dtype=checkpoint.dtypes[name], shape=tuple(tensor.shape))
         for name, tensor in checkpoint.tensors.items()
     )
     return CheckpointReport(
@@ -226,11 +226,11 @@ def _show_graph(report: GraphReport, console: Console, title: str = "") -> None:
 def _show_macs(report: GraphReport, console: Console) -> None:
     where = ", ".join(f"{axis} = {size}" for axis, size in report.assumed.items())
     doubled = units.number(2 * report.macs / 1e9)
-    console.line(f"multiply-adds {_giga(report.macs)}{f' at {where}' if where else ''} ({GFLOPS.format(doubled)})")
+    console.line(f"multiply-adds {_counted(report.macs)}{f' at {where}' if where else ''} ({GFLOPS.format(doubled)})")
     for sentence in report.uncounted:
         console.warn(f"not counted: {sentence}")
     rows = [
-        (m.path, units.count(m.parameters), _giga(m.macs), _share(m.macs, report.macs), units.count(m.nodes))
+        (m.path, units.count(m.parameters), _counted(m.macs), _share(m.macs, report.macs), units.count(m.nodes))
         for m in report.modules[:_MODULES_SHOWN]
     ]
     more = len(report.modules) - len(rows)
@@ -274,7 +274,7 @@ def _show_bundle(report: BundleReport, console: Console) -> None:
     rows = [
         (
             stage, graph.name, units.size(graph.size), units.count(sum(graph.ops.values())),
-            units.count(graph.parameters), _giga(graph.macs), _types(graph.weight_types, "values"),
+            units.count(graph.parameters), _counted(graph.macs), _types(graph.weight_types, "values"),
         )
         for stage, graph in report.stages.items()
     ]  # fmt: skip
@@ -298,8 +298,8 @@ def _types(counts: Mapping[str, int], what: str) -> str:
     return f"{', '.join(parts)} {what}" if parts else "none"
 
 
-def _giga(macs: int) -> str:
-    return f"{units.number(macs / 1e9)} G"
+def _counted(macs: int) -> str:
+    return f"{units.number(macs / 1e9)} G" if macs >= 1e9 else f"{units.number(macs / 1e6)} M"
 
 
 def _share(part: int, whole: int) -> str:

@@ -279,6 +279,11 @@ def test_a_checkpoint_is_matched_with_systems(tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "from state_dict" in result.stdout
     assert "fits riformer tiny" in result.stdout
+    torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pth")
+    half = effdeploy("inspect", tmp_path / "half.pth")
+    assert "float16" in half.stdout
+    assert "float32" not in half.stdout
+    assert "fits riformer tiny" in half.stdout
     head = next(k for k in state if k.startswith("head") and k.endswith("bias"))
     torch.save({**state, head: torch.zeros(7)}, tmp_path / "near.pth")
     near = effdeploy("inspect", tmp_path / "near.pth")

@@ -58,11 +58,12 @@ class WeightMap:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The tensors of a file after unwrapping; ``wrapping`` says what was unwrapped, for the report."""
+    """The tensors of a file after unwrapping; ``wrapping`` says what was unwrapped, ``dtypes`` what the file holds."""
 
     tensors: State
     sha256: str
     wrapping: str
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +101,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     _check_plain(tensors, path)
     state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     _check_finite(state, path)
-    return Checkpoint(tensors=state, sha256=sha256_of(path), wrapping=wrapping)
+    dtypes = {k: str(v.dtype).removeprefix("torch.") for k, v in tensors.items()}
+    return Checkpoint(tensors=state, sha256=sha256_of(path), wrapping=wrapping, dtypes=dtypes)
 
 
 def _read_safetensors(path: Path) -> Any:
