@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -172,15 +171,10 @@ def build_model(
     _require_backend(backend, request)
     _require_batch(inputs, request.ranges)
     folder = out or model.parent
-    with storage_errors(f"cannot write to {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{model.stem}.partial-", dir=folder))
-    try:
-        in_place = backend.name == "onnxruntime"
+    in_place = backend.name == "onnxruntime"
+    with run_folder(folder / f"{model.stem}.build") as scratch:  # never published: its files are, one by one
         engines = _engines(backend, model, model.parent if in_place else scratch, request, console)
         records = [_publish_engine(e, scratch, folder, model, inputs, in_place=in_place) for e in engines]
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     for record in records:
         console.line(f"{record.engine.artifact.name}: {record.engine.audit.statement}")
         if record.engine.reason:

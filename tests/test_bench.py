@@ -333,3 +333,40 @@ def test_peak_memory_counts_what_is_freed_again():
 def test_peak_memory_where_the_system_does_not_tell(monkeypatch):
     monkeypatch.setattr(bench, "_reset_high_water", lambda: False)
     assert peak_memory_of(lambda: "result") == ("result", 0)
+
+
+class Timer:
+    """Half of a call's wall time is the device's."""
+
+    name, note = "", "device time"
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def call(self) -> int:
+        self.machine.wall += 4 * MS
+        return 2 * MS
+
+    def warnings(self) -> tuple[str, ...]:
+        return ("the clock moved",)
+
+    def findings(self) -> str:
+        return "enqueue p50 0.1 ms"
+
+
+def test_a_timer_of_a_device_replaces_the_wall_clock():
+    machine = Machine()
+    timer = Timer(machine)
+    engine = BenchCandidate(
+        name="engine", call=timer.call, batch=4, threads=1, device="cuda:0", timer=timer, note=timer.note
+    )
+    host = machine.candidate("engine, from the host", 5.0, batch=4, device="cuda:0")
+    record = measure([engine, host], QUICK, clocks=machine.clocks)
+    on_device, from_host = record.latencies
+    assert (on_device.p50, from_host.p50) == (2.0, 5.0)
+    assert on_device.throughput == pytest.approx(4 / 0.002)
+    assert on_device.note.startswith("device time; enqueue p50 0.1 ms")
+    assert "engine, batch 4: the clock moved" in record.warnings
+    assert record.ratios[0].median == 2.5
+    assert "of a candidate on a device: the time that its note names" in record.method
+    assert "on a device" not in measure([host], QUICK, clocks=machine.clocks).method

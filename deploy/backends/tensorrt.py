@@ -90,10 +90,10 @@ class TensorRtBackend:
         gpu = self._require(options)
         trt = _runtime()
         start = time.perf_counter()
-        cache = TimingCache(
+        timings = TimingCache(
             options.timing_cache and cache_file(options.timing_cache, trt.__version__, gpu.name, gpu.sm)
         )
-        plan = build_plan(model, options, cache)
+        plan = build_plan(model, options, timings)
         seconds = time.perf_counter() - start
         told = inspect_plan(trt, plan)
         kernels, io = kernels_from_inspector(told), io_from_inspector(told)
@@ -113,7 +113,7 @@ class TensorRtBackend:
                 "gpu": gpu.name,
                 "sm": str(gpu.sm),
                 "driver": state.driver if (state := read_state(gpu)) else "unknown",
-                "timing_cache": cache.statement,
+                "timing_cache": timings.statement,
                 "model": model.name,
                 **described(options),
             },
@@ -260,7 +260,7 @@ class TensorRtRunner:
         self._runner.deactivate()
 
 
-def build_plan(model: Path, options: BuildOptions, cache: TimingCache | None = None) -> bytes:
+def build_plan(model: Path, options: BuildOptions, timings: TimingCache | None = None) -> bytes:
     """Parse an ONNX file as a strongly typed network and build its serialised engine.
 
     Raises:
@@ -275,13 +275,13 @@ def build_plan(model: Path, options: BuildOptions, cache: TimingCache | None = N
         config = builder.create_builder_config()
         configure(trt, config, options)
         add_profiles(builder, config, network, options.ranges)
-        cache = cache or TimingCache(None)
-        cache.attach(trt, config)
+        timings = timings or TimingCache(None)
+        timings.attach(trt, config)
         config.progress_monitor = monitor(trt, options.progress, cancelled)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise RuntimeError("the builder gave no engine")  # its own words are in the log
-        cache.save(config)
+        timings.save(config)
         return bytes(plan)
 
 
@@ -291,8 +291,8 @@ def _fill(trt: Any, cuda_engine: Any, model: Path) -> None:
 
     logger = get_trt_logger()
     refitter = trt.Refitter(cuda_engine, logger)
-    weights = trt.OnnxParserRefitter(refitter, logger)
-    if not weights.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
+    onnx_refitter = trt.OnnxParserRefitter(refitter, logger)
+    if not onnx_refitter.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
         raise RuntimeError(f"the weights of {model.name} do not fit the stripped engine")
 
 

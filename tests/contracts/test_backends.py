@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from deploy.backends import BACKENDS, load_backend
-from deploy.backends.base import BuildOptions
+from deploy.backends.base import BuildOptions, DeviceTimed
 from deploy.errors import BackendUnavailableError, EngineBuildError, SizeError, UnknownNameError
 from deploy.records import Batch, EngineRecord, Target, from_json, to_json
 
@@ -124,6 +125,33 @@ def test_each_runner_checks_its_feeds(name, model, tmp_path):
     (engine,) = backend.build(model[0], tmp_path, OPTIONS)
     with backend.open(engine, tmp_path, OPTIONS) as runner, pytest.raises(SizeError, match="expected"):
         runner.infer({"x": np.zeros((1, 15), np.float32)})
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_each_engine_is_timed_on_its_device(name, model, tmp_path):
+    backend = usable(name)
+    (engine,) = backend.build(model[0], tmp_path, OPTIONS)
+    feeds = {"x": np.ones((3, 16), np.float32)}
+    with backend.open(engine, tmp_path, OPTIONS) as runner:
+        assert isinstance(runner, DeviceTimed)
+        with runner.device_timers(feeds) as timers:
+            assert timers[0].name == ""  # the engine's own latency comes first
+            assert len({timer.name for timer in timers}) == len(timers)
+            for timer in timers:
+                assert all(0 < timer.call() < 10**9 for _ in range(5))
+                assert timer.note
+                assert isinstance(timer.findings(), str)
+        with pytest.raises(SizeError, match="expected"), runner.device_timers({"x": np.zeros((1, 15), np.float32)}):
+            pass
+        runner.infer(feeds)  # the runner still works
+
+
+@pytest.mark.parametrize("name", BUILDING)
+def test_what_a_backend_checks_it_refuses_to_build(name, model, tmp_path):
+    backend = usable(name)
+    backend.check(OPTIONS)
+    with pytest.raises(BackendUnavailableError, match=r"SM|compute capabilities"):
+        backend.check(dataclasses.replace(OPTIONS, sm=(1,)))
 
 
 def test_an_unknown_backend_is_answered_with_the_nearest_name():

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SURFACES = sorted((ROOT / "tests" / "data" / "tensorrt-api").glob("*.json"))
-SOURCES = ["tensorrt", "tensorrt_rtx"]
+SOURCES = ["tensorrt", "tensorrt_rtx", "trt_config", "timing_cache"]
 MODULES = {"trt", "tensorrt", "tensorrt_rtx"}
 OBJECTS = {
     "builder": "Builder",
@@ -26,11 +26,13 @@ OBJECTS = {
     "tensor": "ITensor",
     "cuda_engine": "ICudaEngine",
     "inspector": "EngineInspector",
+    "context": "IExecutionContext",
+    "cache": "ITimingCache",
+    "refitter": "Refitter",
+    "onnx_refitter": "OnnxParserRefitter",
 }
 # Of TensorRT-RTX alone: the target of an ahead-of-time build.
 RTX_ONLY = {"ComputeCapability", "IBuilderConfig.num_compute_capabilities", "IBuilderConfig.set_compute_capability"}
-# polygraphy's own objects that go by a conventional name.
-POLYGRAPHY = {"tensorrt": {"IOptimizationProfile.add"}, "tensorrt_rtx": set()}
 # Arguments of polygraphy's CreateConfig that 11 has no flag for.
 PRECISION_ARGUMENTS = {
     "fp16", "int8", "fp8", "bf16", "calibrator", "precision_constraints", "algorithm_selector", "quantization_flags",
@@ -83,7 +85,7 @@ def precision_arguments(source: str) -> set[str]:
 @pytest.mark.parametrize("path", SURFACES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", SOURCES)
 def test_every_name_exists_in_both_versions(name, path):
-    missing = missing_names(source_of(name), json.loads(path.read_text(encoding="utf-8"))) - POLYGRAPHY[name]
+    missing = missing_names(source_of(name), json.loads(path.read_text(encoding="utf-8")))
     assert missing == ({"ComputeCapability", *RTX_ONLY} if name == "tensorrt_rtx" else set())
 
 
@@ -92,12 +94,29 @@ def test_both_surfaces_are_there():
 
 
 def test_the_scan_sees_what_the_backends_use():
-    assert {"MemoryPoolType.WORKSPACE", "ProfilingVerbosity.DETAILED", "LayerInformationFormat.JSON"} <= used_names(
-        source_of("tensorrt")
-    )
-    assert {"NetworkDefinitionCreationFlag.STRONGLY_TYPED", "BuilderFlag.TF32", "Builder.create_network"} <= used_names(
-        source_of("tensorrt_rtx")
-    )
+    seen = {name: used_names(source_of(name)) for name in SOURCES}
+    assert {"LayerInformationFormat.JSON", "IExecutionContext.execute_async_v3", "Refitter"} <= seen["tensorrt"]
+    assert {"NetworkDefinitionCreationFlag.STRONGLY_TYPED", "Builder.create_network"} <= seen["tensorrt_rtx"]
+    assert {"BuilderFlag.TF32", "MemoryPoolType.WORKSPACE", "ProfilingVerbosity.DETAILED"} <= seen["trt_config"]
+    assert {"ITimingCache.combine", "IBuilderConfig.set_timing_cache"} <= seen["timing_cache"]
+
+
+def methods_of_subclasses(source: str) -> dict[str, set[str]]:
+    """Return the methods of each class that is derived from one of the API's; TensorRT calls them by their names."""
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(source)):
+        bases = [base.attr for base in getattr(node, "bases", ()) if isinstance(base, ast.Attribute)]
+        if isinstance(node, ast.ClassDef) and bases:
+            found[bases[0]] = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+    return found
+
+
+@pytest.mark.parametrize("path", SURFACES, ids=lambda path: path.stem)
+def test_callbacks_have_the_names_that_are_called(path):
+    surface = json.loads(path.read_text(encoding="utf-8"))["classes"]
+    callbacks = methods_of_subclasses(source_of("trt_config"))
+    assert set(callbacks) == {"IProgressMonitor"}
+    assert {m for m in callbacks["IProgressMonitor"] if not m.startswith("_")} == set(surface["IProgressMonitor"])
 
 
 @pytest.mark.skipif(
@@ -107,7 +126,7 @@ def test_the_scan_sees_what_the_backends_use():
 def test_the_names_of_tensorrt_rtx_exist_in_the_installed_package():
     import tensorrt_rtx
 
-    for name in used_names(source_of("tensorrt_rtx")):
+    for name in used_names(source_of("tensorrt_rtx")) | used_names(source_of("trt_config")):
         owner, _, member = name.partition(".")
         assert hasattr(tensorrt_rtx, owner), name
         assert not member or hasattr(getattr(tensorrt_rtx, owner), member), name
