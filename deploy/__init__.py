@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deploy.api import benchmark as benchmark
     from deploy.api import build as build
     from deploy.api import convert as convert
+    from deploy.api import diagnose as diagnose
     from deploy.api import diff as diff
     from deploy.api import export as export
     from deploy.api import inspect as inspect
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from deploy.contents import BundleReport as BundleReport
     from deploy.contents import CheckpointReport as CheckpointReport
     from deploy.contents import EngineReport as EngineReport
+    from deploy.doctor import Diagnosis as Diagnosis
     from deploy.errors import EffdeployError as EffdeployError
     from deploy.graph.inspection import GraphReport as GraphReport
     from deploy.records import BenchRecord as BenchRecord
@@ -50,10 +52,13 @@ __version__ = "0.1.0"
 
 # Where each public name lives. No function has the name of a submodule: importing that would take its place.
 _HOMES = {
-    "deploy.api": ("benchmark", "build", "convert", "diff", "export", "inspect", "plan", "render", "systems", "verify"),
+    "deploy.api": (
+        "benchmark", "build", "convert", "diagnose", "diff", "export", "inspect", "plan", "render", "systems", "verify",
+    ),
     "deploy.comparing": ("BundleDiff",),
     "deploy.console": ("Console", "Mode"),
     "deploy.contents": ("BundleReport", "CheckpointReport", "EngineReport"),
+    "deploy.doctor": ("Diagnosis",),
     "deploy.errors": ("EffdeployError",),
     "deploy.graph.inspection": ("GraphReport",),
     "deploy.records": (

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deploy.comparing import BundleDiff
     from deploy.console import Console
     from deploy.contents import BundleReport, CheckpointReport, EngineReport
+    from deploy.doctor import Diagnosis
     from deploy.graph.inspection import GraphReport
     from deploy.recipe import Recipe
     from deploy.records import BenchRecord, BuildRecord, ConversionRecord, PlanRecord, RunRecord, Stage, SystemRecord
@@ -433,6 +434,25 @@ def diff(
     first, second = Path(a), Path(b)
     measured = bench_bundles([first, second], console, seconds=seconds, threads=threads) if measure else None
     return diff_bundles(first, second, console, fail_if=gates, strict=strict, measured=measured)
+
+
+def diagnose(*, console: Console | None = None) -> Diagnosis:
+    """Check installation, backends, CPU, GPU and known-bad versions: ``effdeploy doctor``.
+
+    Args:
+        console: Where the table goes; nowhere when left out.
+
+    Returns:
+        Every check with its state, what was found, and what to do.
+
+    Raises:
+        BackendUnavailableError: Export cannot run here.
+    """
+    from deploy.doctor import examine, report
+
+    found = examine(Path("engines"))
+    report(found, _quiet(console))
+    return found
 
 
 def systems(*, console: Console | None = None) -> tuple[SystemRecord, ...]:

@@ -64,6 +64,43 @@ def test_all_mistakes_come_at_once_with_their_places(tmp_path):
     assert caught.value.exit_code == 3
 
 
+def test_what_only_systems_and_backends_know_is_told_with_the_rest_and_by_line(tmp_path):
+    text = "batch: 0\nengine:\n  backend: onnxrt\nsize: 225\nbench: {threads: x}\noptions: {depth: 3}\n"
+    options = {"variant": ("--variant", "tiny"), "seed": ("--seed", 1)}
+    with pytest.raises(RecipeError) as caught:
+        resolve_recipe(write(tmp_path, text), options)
+    places = [line.split(": ")[0].strip() for line in caught.value.message.splitlines()[1:]]
+    assert places == [*(f"mine.yaml:{line}" for line in (2, 4, 5, 6, 7)), "--seed"]
+    for words in ("did you mean 'onnxruntime'", "multiples of 32; --size 224x224", "did you mean 'depths'"):
+        assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("engine: {backend: onnxrt}\n", UnknownNameError),
+        ("size: 225\nvariants: {s24: {size: 33}}\n", SizeError),
+        ("size: 225\nengine: {backend: onnxrt}\n", RecipeError),
+    ],
+)
+def test_mistakes_of_one_kind_keep_their_exit_code(tmp_path, text, kind):
+    with pytest.raises(kind) as caught:
+        resolve_recipe(write(tmp_path, text))
+    assert type(caught.value) is kind
+
+
+def test_the_hint_names_a_schema_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        resolve_recipe("riformer", {"batch": ("--batch", "0")})
+    path = Path(caught.value.hint.removeprefix("keys and types: "))
+    assert json.loads(path.read_text()) == json.loads(json_schema())
+    monkeypatch.chdir(path.parent.parent)
+    with pytest.raises(RecipeError, match=r"export_configs/recipe\.schema\.json") as caught:
+        resolve_recipe("riformer", {"batch": ("--batch", "0")})
+    assert str(path.parent.parent) not in str(caught.value)  # short where it can be
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
