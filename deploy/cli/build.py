@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from deploy.cli import completing
 from deploy.cli.app import Json, Log, Quiet, Threads, app, session
 
 
 @app.command()
 def build(
     source: Annotated[Path, typer.Argument(help="A bundle's folder, or an ONNX file.")],
-    backend: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx or onnxruntime.")] = "tensorrt",
+    backend: Annotated[
+        str, typer.Option(help="tensorrt, tensorrt_rtx or onnxruntime.", autocompletion=completing.backends)
+    ] = "tensorrt",
     batch: Annotated[
         list[str] | None, typer.Option(help="4, or min:opt:max; repeat it for several optimisation profiles.")
     ] = None,
@@ -43,32 +46,15 @@ def build(
     log: Log = None,
 ) -> None:
     """Build engines on this machine from a bundle or an ONNX file that was made elsewhere."""
+    asked = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
+    if len(asked) > 1:
+        raise typer.BadParameter(f"got --{' and --'.join(asked)}; choose one")
     with session(as_json, quiet, log, steps=2 if source.is_dir() else 1) as console:
-        from deploy.building import build as run_build
-        from deploy.records import Precision
+        from deploy import api
 
-        options = {
-            "engine.backend": ("--backend", backend),
-            "engine.sm": ("--sm", sm.split(",") if sm else None),
-            "engine.level": ("--level", level),
-            "engine.workspace": ("--workspace", workspace),
-            "engine.tf32": ("--tf32", tf32),
-            "engine.timing_cache": ("--timing-cache", timing_cache),
-            "engine.version_compatible": ("--version-compatible", version_compatible),
-            "engine.hardware": ("--hardware", hardware),
-            "engine.refit": ("--refit", refit),
-            "engine.strip": ("--strip", strip),
-            "engine.device": ("--device", device),
-            "bench.threads": ("--threads", threads),
-        }
-        asked = [Precision(name) for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
-        if len(asked) > 1:
-            raise typer.BadParameter(f"got --{' and --'.join(p.value for p in asked)}; choose one")
-        run_build(
-            source,
-            console,
-            options=options,
-            batches=tuple(batch or ()),
-            precision=asked[0] if asked else None,
-            out=out,
-        )
+        api.build(
+            source, backend=backend, batch=batch, sm=sm, level=level, workspace=workspace, tf32=tf32,
+            timing_cache=timing_cache, version_compatible=version_compatible, hardware=hardware, refit=refit,
+            strip=strip, precision=asked[0] if asked else None, device=device, threads=threads, out=out,
+            console=console,
+        )  # fmt: skip
