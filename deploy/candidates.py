@@ -102,7 +102,7 @@ def parity_candidates(
         stages: Stage name ("traced", "patched", "fp16") to file.
         engines: Built engines; those that cannot run here are left out.
     """
-    outputs = loaded.system.outputs
+    outputs = loaded.outputs
     found = [Candidate(stage=DEPLOY_FORM, precision=Precision.FP32, open=lambda: TorchRunner(loaded.deploy, outputs))]
     options = build_options(recipe)
     on_cpu = dataclasses.replace(options, device="cpu")
@@ -247,11 +247,11 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def _eager(loaded: Loaded, options: BuildOptions, feeds: Feeds) -> Runner:
-    return TorchRunner(loaded.reference, loaded.system.outputs)
+    return TorchRunner(loaded.reference, loaded.outputs)
 
 
 def _compiled(loaded: Loaded, options: BuildOptions, feeds: Feeds) -> Runner:
-    runner = TorchRunner(cast(nn.Module, torch.compile(loaded.reference)), loaded.system.outputs)
+    runner = TorchRunner(cast(nn.Module, torch.compile(loaded.reference)), loaded.outputs)
     try:
         with quiet_torch():
             runner.infer(feeds)  # compiles

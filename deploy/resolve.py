@@ -115,7 +115,8 @@ def default_name(recipe: Recipe) -> str:
     batch = "" if str(recipe.batch) == "1" else "b" + str(recipe.batch).replace(":", "-")
     lowered = f"for-{recipe.target.value}" if recipe.target else ""
     options = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", f"{k}{v}").strip("-") for k, v in recipe.options.items())
-    parts = (recipe.system, recipe.variant, options, size, batch, recipe.precision.value, recipe.engine.backend, lowered)
+    what = (recipe.system, recipe.variant, options, size, batch)
+    parts = (*what, recipe.precision.value, recipe.engine.backend, lowered)
     return "-".join(part for part in parts if part)
 
 

@@ -19,7 +19,7 @@ from deploy.console import Console
 from deploy.errors import CheckpointError
 from deploy.graph.pipeline import run_passes
 from deploy.models import find_system
-from deploy.models.base import Loaded, System, load_model, measure_drift, specialised
+from deploy.models.base import Loaded, System, load_model, measure_drift, resolve_options, specialised
 from deploy.parity.batch import check_batches, with_batches
 from deploy.parity.compare import check_parity
 from deploy.parity.inputs import InputPack
@@ -104,7 +104,7 @@ class Work:
         section = self.recipe.trace
         request = TraceRequest(
             inputs=self.loaded.inputs,
-            outputs=self.system.outputs,
+            outputs=self.loaded.outputs,
             batch=self.recipe.batch,
             opset=choose_opset(section.opset, self.target, section.attention_op),
             apart=partial(furthest, self.system.task),
@@ -118,12 +118,13 @@ class Work:
 
     def type(self, patched: PassesRecord) -> PrecisionRecord:
         """Write the precision into the graph."""
+        kept = self.system.keep_fp32(resolve_options(self.system, self.recipe))
         return convert_precision(
             self.folder / patched.artifact.name,
             self.recipe.precision,
             self.folder,
             feeds=None if self.recipe.precision is Precision.FP32 else self.sample(),
-            keep=self.recipe.typing.keep_fp32,
+            keep=(*self.recipe.typing.keep_fp32, *kept),
             target=self.target,
         )
 

@@ -137,7 +137,7 @@ class System:
 class Loaded:
     """A loaded model: the float32 reference as in the checkpoint, and the deploy form that is exported.
 
-    ``outputs`` are the graph's: those that parity judges, and the options' extra ones. ``keep_fp32`` is the system's.
+    ``outputs`` are the graph's: those that parity judges, and the options' extra ones.
     """
 
     system: System
@@ -146,7 +146,6 @@ class Loaded:
     deploy: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
-    keep_fp32: tuple[str, ...]
     record: ModelRecord
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[np.generic]]:
@@ -209,7 +208,6 @@ def load_model(system: System, recipe: Recipe, target: Target, console: Console 
         deploy=deploy,
         inputs=inputs,
         outputs=(*system.outputs, *system.extra_outputs(options)),
-        keep_fp32=system.keep_fp32(options),
         record=record,
     )
 

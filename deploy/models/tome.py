@@ -208,22 +208,18 @@ class ToMe(vit.VisionTransformer):
         return (logits, torch.stack(groups, 1)) if self.groups else logits
 
 
-Plan = tuple[Tensor, Tensor, Tensor]
+Plan = tuple[Tensor, ...]
 
 
-class FewRowMerge(nn.Module):
-    """Merging for ONNX Runtime: kept rows are gathered, and only the r merged rows go through a one-hot product.
-
-    Every choice is made by one TopK, so ties cannot lose or double a token.
-    """
+class FewRowPlan(nn.Module):
+    """Decides with three TopK, so that ties can neither lose nor double a token."""
 
     def __init__(self, sides: Sides, r: int) -> None:
         super().__init__()
         self.sides, self.r, self.kept = sides, r, sides.proposers - r
-        self.receivers = nn.Buffer(torch.arange(sides.receivers)[None, :, None], persistent=False)
 
-    def plan(self, keys: Tensor) -> Plan:
-        """Decide from keys [N,T,heads,d]: places of the rows that stay before B, places merged away, their receivers.
+    def forward(self, keys: Tensor) -> Plan:
+        """Read keys [N,T,heads,d]; return the places of the rows that stay before B, of those merged away, and receivers.
 
         All int64, [N,protected + kept], [N,r] and [N,r].
         """
@@ -239,6 +235,15 @@ class FewRowMerge(nn.Module):
         for place in reversed(range(self.sides.protected)):
             stay = functional.pad(stay, (1, 0), value=place)
         return stay, self.sides.a + 2 * merged, receiver.squeeze(2).gather(1, merged)
+
+
+class FewRowMerge(nn.Module):
+    """Merging for ONNX Runtime: kept rows are gathered, and only the r merged rows go through a one-hot product."""
+
+    def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.sides, self.plan = sides, FewRowPlan(sides, r)
+        self.receivers = nn.Buffer(torch.arange(sides.receivers)[None, :, None], persistent=False)
 
     def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Plan]:
         """Merge.
@@ -257,25 +262,91 @@ class FewRowMerge(nn.Module):
         receivers = x[:, self.sides.b :: 2]
         if size is None:
             total = hot.sum(2) + 1
-            share, hot = 1 / total, hot / total[:, :, None]
+            share = 1 / total
             sizes = torch.cat((torch.ones_like(stay, dtype=x.dtype), total), 1)
         else:
             own = size[:, self.sides.b :: 2]
             hot = hot * size.gather(1, merged)[:, None]
             total = own + hot.sum(2)
-            share, hot = own / total, hot / total[:, :, None]
+            share = own / total
             sizes = torch.cat((size.gather(1, stay), total), 1)
-        received = receivers * share[:, :, None] + hot @ rows(x, merged, row)
+        received = receivers * share[:, :, None] + (hot / total[:, :, None]) @ rows(x, merged, row)
         return torch.cat((rows(x, stay, row), received), 1), sizes, plan
 
     def places(self, plan: Plan) -> Tensor:
         """Return where each token goes by a plan, int64 [N,T]."""
         stay, merged, receiver = plan
-        before = self.sides.protected + self.kept
+        before = stay.shape[1]
         fixed = torch.arange(self.sides.b, self.sides.tokens, 2, device=stay.device).expand(stay.shape[0], -1)
         targets = torch.arange(before + self.sides.receivers, device=stay.device).expand(stay.shape[0], -1)
         order = torch.cat((stay, fixed, merged), 1).topk(self.sides.tokens, largest=False).indices
         return torch.cat((targets, before + receiver), 1).gather(1, order)
+
+
+class MatrixPlan(nn.Module):
+    """Decides by counting, without TopK, slices or scatters: who is no proposer or receiver is masked by constants.
+
+    A token's rank is the number of better proposals, equal ones counted when they come earlier; its place is the number
+    of tokens that stay before it. All of it is element-wise arithmetic and reductions, which TensorRT fuses.
+    """
+
+    def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.r, self.sort = r, sides.sort
+        tokens, kept = sides.tokens, sides.proposers - r
+        proposes, receives = torch.zeros(tokens, dtype=dtype), torch.zeros(tokens, dtype=dtype)
+        proposes[sides.a :: 2], receives[sides.b :: 2] = 1, 1
+        earlier = torch.ones(tokens, tokens, dtype=dtype).tril(-1)
+        before = sides.protected + kept
+        place = torch.arange(tokens, dtype=dtype)
+        place[sides.a :: 2] = sides.protected + torch.arange(sides.proposers, dtype=dtype)
+        place[sides.b :: 2] = before + torch.arange(sides.receivers, dtype=dtype)
+        self.mask = self._constant(4 * (proposes[:, None] * receives - 1))  # a cosine is at least -1
+        self.place, self.proposes = self._constant(place), self._constant(proposes)
+        self.earlier = self._constant(earlier > 0)
+        self.staying = self._constant(earlier * proposes[:, None] * proposes)
+        self.rows = self._constant(torch.arange(tokens - r, dtype=dtype)[:, None])
+
+    @staticmethod
+    def _constant(value: Tensor) -> nn.Buffer:
+        return nn.Buffer(value, persistent=False)
+
+    def forward(self, keys: Tensor, size: Tensor | None) -> Plan:
+        """Read keys [N,T,heads,d] and sizes [N,T]; return the weights [N,T-r,T], new sizes [N,T-r], places [N,T]."""
+        metric = keys.mean(2)
+        metric = metric / metric.norm(dim=-1, keepdim=True)
+        scores = metric @ metric.transpose(1, 2) + self.mask
+        best = scores.amax(2)
+        receiver = torch.where(scores == best[:, :, None], self.place, float(self.mask.shape[0])).amin(2)
+        mine, other = best[:, :, None], best[:, None]
+        ranks = ((other > mine) | ((other == mine) & self.earlier)).to(keys.dtype).sum(2)
+        merged = ranks < self.r
+        if self.sort:
+            own = self.place - (self.staying * merged.to(keys.dtype)[:, None]).sum(2)
+        else:
+            own = torch.where(self.proposes > 0, ranks - self.r, self.place)
+        places = torch.where(merged, receiver, own)
+        weights = (places[:, None] == self.rows).to(keys.dtype)
+        weights = weights if size is None else weights * size[:, None]
+        sizes = weights.sum(2)
+        return weights / sizes[:, :, None], sizes, places
+
+
+class MatrixMerge(nn.Module):
+    """Merging for TensorRT: one product with a matrix of weights."""
+
+    def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.plan = MatrixPlan(sides, r, dtype)
+
+    def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Plan]:
+        """Merge, as ``FewRowMerge``."""
+        plan = self.plan(keys, size)
+        return plan[0] @ x, plan[1], plan
+
+    def places(self, plan: Plan) -> Tensor:
+        """Return where each token goes by a plan, int64 [N,T]."""
+        return plan[2].long()
 
 
 def rows(x: Tensor, places: Tensor, row: Tensor) -> Tensor:
@@ -294,7 +365,7 @@ class DeployToMe(nn.Module):
         schedule, sides = model.schedule, model.sides()
         self.blocks = nn.ModuleList(vit.DeployBlock(block) for block in blocks)
         self.merges = nn.ModuleList(
-            MERGES[target](side, r) if r else nn.Identity() for side, r in zip(sides, schedule, strict=True)
+            MERGES[target](side, r, model.pos_embed.dtype) if r else nn.Identity() for side, r in zip(sides, schedule, strict=True)
         )
 
     def forward(self, images: Tensor) -> Any:
@@ -309,14 +380,14 @@ class DeployToMe(nn.Module):
             x, keys = block.attend(x, bias)
             if not isinstance(merging, nn.Identity):
                 x, size, plan = merging(x, size, keys, row)
-                group = cast(FewRowMerge, merging).places(plan).gather(1, group) if self.groups else group
+                group = cast("FewRowMerge | MatrixMerge", merging).places(plan).gather(1, group) if self.groups else group
             x = block.feed(x)
             groups.append(group)
         logits = self.head(x, size)
         return (logits, torch.stack(groups, 1)) if self.groups else logits
 
 
-MERGES = {Target.ONNXRUNTIME: FewRowMerge, Target.TENSORRT: FewRowMerge}
+MERGES = {Target.ONNXRUNTIME: FewRowMerge, Target.TENSORRT: MatrixMerge}
 
 
 def build(options: Mapping[str, Any], size: tuple[int, int], layout: str) -> nn.Module:
@@ -333,6 +404,11 @@ def to_deploy(model: nn.Module, target: Target) -> nn.Module:
 def extra_outputs(options: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the outputs besides ``logits``."""
     return ("groups",) if options["groups"] else ()
+
+
+def keep_fp32(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which nodes stay float32: the choice of what is merged, where rounding makes ties."""
+    return (r"^merges\.\d+\.plan/",) if any(_asked(options)) else ()
 
 
 def _variant(name: str, architecture: Mapping[str, Any]) -> Variant:
@@ -363,6 +439,7 @@ SYSTEM = System(
     stride="patch",
     adapt=vit.adapt,
     extra_outputs=extra_outputs,
+    keep_fp32=keep_fp32,
     flags=(
         Flag(name="r", key="options.r", help="tokens that each block merges away; 0 is the plain model"),
         Flag(
