@@ -304,7 +304,8 @@ def _default_bundle(bundle: Path, run: RunRecord, backend: Backend) -> Path:
     path = bundle.resolve()
     before = str(run.recipe.get("engine", {}).get("backend", ""))
     name = f"{path.name.removesuffix('-' + before)}-{backend.name}"
-    return bundle.with_name(name if name != path.name else f"{name}-built") if bundle.name else path.with_name(name)
+    beside = path if bundle.name in ("", "..") else bundle
+    return beside.with_name(name if name != path.name else f"{name}-built")
 
 
 def _engines(
@@ -332,6 +333,7 @@ def _built_run(
         engines=engines,
         parity=None,
         bench=None,
+        origins={stage: origin for stage, origin in run.origins.items() if Stage(stage).order < Stage.ENGINE.order},
         stage_seconds={Stage.ENGINE.value: sum(engine.seconds for engine in engines), "total": seconds},
     )
 

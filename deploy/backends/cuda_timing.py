@@ -219,6 +219,7 @@ class EventTimer:
         self._enqueue: list[float] = []  # ms
         self._device: Gpu | None = None
         self._before: GpuState | None = None
+        self._after: GpuState | None = None
         self._watching = False
 
     def watch(self, gpu: Gpu | None) -> None:
@@ -244,13 +245,14 @@ class EventTimer:
         _checked(cudart, cudart.cudaEventRecord(self._end, stream))
         _checked(cudart, cudart.cudaEventSynchronize(self._end))
         spent = float(_checked(cudart, cudart.cudaEventElapsedTime(self._start, self._end)))
+        self._after = None  # whatever was read before is not the end of the measurement
         self._gpu.append(spent)
         self._enqueue.append(enqueued / 1e6)
         return round(spent * 1e6)
 
     def warnings(self) -> tuple[str, ...]:
         """Say where the host, not the GPU, was measured, and what the GPU did meanwhile."""
-        found = list(state_warnings(self._before, read_state(self._device))) if self._watching else []
+        found = list(state_warnings(self._before, self._state())) if self._watching else []
         if self._gpu and (ratio := statistics.median(self._enqueue) / statistics.median(self._gpu)) > ENQUEUE_LIMIT:
             found.append(
                 f"enqueueing takes {ratio:.1f}x the GPU time (limit {ENQUEUE_LIMIT}): the GPU waits for the host"
@@ -262,8 +264,13 @@ class EventTimer:
         """Give the median enqueue time and the GPU's state before and after."""
         parts = [f"enqueue p50 {statistics.median(self._enqueue):.3f} ms"] if self._enqueue else []
         if self._watching:
-            parts += [f"GPU before: {self._before or 'unknown'}; after: {read_state(self._device) or 'unknown'}"]
+            parts += [f"GPU before: {self._before or 'unknown'}; after: {self._state() or 'unknown'}"]
         return "; ".join(parts)
+
+    def _state(self) -> GpuState | None:
+        """Read the GPU's state once after the last call."""
+        self._after = self._after or read_state(self._device)
+        return self._after
 
 
 class CopiesTimer:

@@ -276,7 +276,7 @@ def build_plan(model: Path, options: BuildOptions, timings: TimingCache | None =
         configure(trt, config, options)
         add_profiles(builder, config, network, options.ranges)
         timings = timings or TimingCache(None)
-        timings.attach(trt, config)
+        timings.attach(config)
         config.progress_monitor = monitor(trt, options.progress, cancelled)
         plan = builder.build_serialized_network(network, config)
         if plan is None:

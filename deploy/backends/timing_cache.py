@@ -39,10 +39,9 @@ class TimingCache:
         self.path = path
         self.statement = "off"
 
-    def attach(self, trt: Any, config: Any) -> None:
-        """Give the builder what earlier builds have timed, or forbid it to keep timings."""
+    def attach(self, config: Any) -> None:
+        """Give the builder what earlier builds have timed; without a file it keeps timings for this build alone."""
         if self.path is None:
-            config.set_flag(trt.BuilderFlag.DISABLE_TIMING_CACHE)
             return
         blob = _read(self.path)
         cache = config.create_timing_cache(blob)

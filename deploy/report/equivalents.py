@@ -17,9 +17,9 @@ def trtexec_build(engine: EngineRecord, inputs: Sequence[TensorSpec]) -> str:
 
     trtexec comes with TensorRT's tar, deb and container, not with its Python wheels.
     """
-    if engine.backend != "tensorrt":
-        return ""
     options = engine.options
+    if engine.backend != "tensorrt" or "model" not in options:  # records of before this was kept
+        return ""
     words = ["trtexec", f"--onnx={options['model']}", f"--saveEngine={engine.artifact.name}", "--skipInference"]
     if _major(engine) < 11:
         words.append("--stronglyTyped")

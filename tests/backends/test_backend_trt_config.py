@@ -217,12 +217,12 @@ def test_timings_are_kept_by_version_and_device_and_combined(trt, tmp_path):
     path = cache_file(tmp_path / "new" / "folder", trt.__version__, "NVIDIA RTX 4090", 89)
     assert path.name == f"tensorrt-{trt.__version__}-sm89-nvidia-rtx-4090.cache"
     cache = TimingCache(path)
-    cache.attach(trt, config_of(trt))
+    cache.attach(config_of(trt))
     assert cache.statement == f"{path.name}, new"
     cache.save(config_of(trt))
     assert path.read_bytes() == b"timed"
     again = TimingCache(path)
-    again.attach(trt, config_of(trt))
+    again.attach(config_of(trt))
     assert again.statement == f"{path.name}, 5 bytes loaded"
     again.save(config_of(trt, after=b"more"))
     assert path.read_bytes() == b"more+timed"
@@ -233,25 +233,25 @@ def test_a_damaged_cache_is_begun_anew(trt, tmp_path):
     path = tmp_path / "a.cache"
     path.write_bytes(b"junk")
     cache = TimingCache(path)
-    cache.attach(trt, config_of(trt, made=lambda blob: None if blob == b"junk" else Cache(blob)))
+    cache.attach(config_of(trt, made=lambda blob: None if blob == b"junk" else Cache(blob)))
     assert cache.statement == "a.cache, damaged, begun anew"
 
 
 def test_a_cache_that_cannot_be_written_never_stops_a_build(trt, tmp_path):
     (tmp_path / "file").write_text("in the way")
     cache = TimingCache(tmp_path / "file" / "a.cache")
-    cache.attach(trt, config_of(trt))
+    cache.attach(config_of(trt))
     cache.save(config_of(trt))
     assert "not saved: File exists" in cache.statement
     assert stat.S_ISREG((tmp_path / "file").stat().st_mode)
 
 
-def test_without_a_cache_the_builder_keeps_no_timings(trt):
+def test_without_a_file_the_builder_is_left_alone(trt):
     config = config_of(trt)
     cache = TimingCache(None)
-    cache.attach(trt, config)
+    cache.attach(config)
     cache.save(config)
-    assert config.calls == [("set_flag", "BuilderFlag.DISABLE_TIMING_CACHE")]
+    assert config.calls == []
     assert cache.statement == "off"
 
 
