@@ -9,7 +9,6 @@ the same file, the later ones are kept.
 from __future__ import annotations
 
 import datetime
-import functools
 import hashlib
 import os
 import re
@@ -29,6 +28,7 @@ from deploy.records import (
     BenchRecord,
     Drift,
     EngineRecord,
+    Environment,
     ModelRecord,
     ParityRecord,
     PassesRecord,
@@ -101,6 +101,7 @@ class Reuse:
         records: Stage to record, of the stages that the run has by now.
         origins: Stage to where its record comes from.
         warned: Whether the run has said that the store cannot be written.
+        here: The machine and the versions.
     """
 
     recipe: Recipe
@@ -111,6 +112,7 @@ class Reuse:
     records: dict[Stage, Any] = field(default_factory=dict)
     origins: dict[Stage, StageOrigin] = field(default_factory=dict)
     warned: bool = False
+    here: Environment = field(default_factory=lambda: environment())
 
     def take(self, stage: Stage) -> tuple[Any, StageOrigin, str]:
         """Find a stage's record and copy its files into the run's folder.
@@ -170,7 +172,7 @@ class Reuse:
             engines: Sequence[EngineRecord] = self.records[Stage.ENGINE]
             found["engines"] = ", ".join(f"{e.device} ({'runs' if e.runnable else e.reason})" for e in engines)
         found |= self._weights(stage) | {"target": self.target.value, "effdeploy's sources": code_version()}
-        return found | _surroundings(stage)
+        return found | _surroundings(stage, self.here)
 
     def _weights(self, stage: Stage) -> dict[str, str]:
         if stage is Stage.MODEL:
@@ -307,10 +309,8 @@ def _photos(recipe: Recipe) -> str:
     return digest.hexdigest()
 
 
-@functools.cache
-def _surroundings(stage: Stage) -> dict[str, str]:
+def _surroundings(stage: Stage, here: Environment) -> dict[str, str]:
     """Return the versions and the part of the machine that can change what a stage makes."""
-    here = environment()
     left_out = _INDIFFERENT.get(stage, ())
     found = {name: version for name, version in here.packages.items() if name not in left_out}
     found["python"] = here.python

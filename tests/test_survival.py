@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, refused by the disk, or not alone: nothing looks finished, the next run goes on."""
+"""Runs that are killed, interrupted, refused by the disk, or not alone: nothing looks finished, the next goes on."""
 
 from __future__ import annotations
 
