@@ -108,7 +108,7 @@ class QuerySelection(nn.Module):
         features = self.norm(x * self.valid + self.shift if self.masked else x)
         _, index = self.score_head(features).amax(-1).topk(self.queries, dim=1)
         chosen = features.gather(1, index[..., None] + self.wide)
-        return chosen, self.bbox_head(chosen) + self.anchors[index], index
+        return chosen, self.bbox_head(chosen) + functional.embedding(index, self.anchors), index
 
 
 class DeployDecoder(nn.Module):

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deploy.errors import RecipeError, did_you_mean
+from deploy.errors import RecipeError, SizeError, did_you_mean
 from deploy.models.base import Flag, Form, System, Variant
 from deploy.models.checkpoint import State
 from deploy.models.rtdetr.backbone import HGNet, ResNet
-from deploy.models.rtdetr.decoder import STRIDES, Decoder
+from deploy.models.rtdetr.decoder import STRIDES, Decoder, map_sizes
 from deploy.models.rtdetr.deploy import DeployDecoder
 from deploy.models.rtdetr.encoder import HybridEncoder
 from deploy.models.rtdetr.layers import folded
@@ -76,7 +76,7 @@ def detections(
     classes = logits.shape[2]
     scores, index = logits.flatten(1).topk(top_k, dim=1)
     labels = index % classes
-    query = (index - labels) // classes
+    query = torch.div(index - labels, classes, rounding_mode="trunc")
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     corners = torch.cat([centre - half, centre + half], -1)
     wide = torch.zeros(1, 1, 4, dtype=torch.int64, device=index.device)
@@ -97,7 +97,17 @@ def build(options: Mapping[str, Any], size: tuple[int, int], layout: str) -> nn.
         size: Height and width in pixels.
         layout: ``<origin>`` or ``official, converted``; decides how attention weights and RepVGG blocks are kept, and
             the order of the position embedding unless ``options["position"]`` names it.
+
+    Raises:
+        SizeError: the maps have fewer positions than there are queries.
     """
+    positions = sum(height * width for height, width in map_sizes(size))
+    if positions < options["queries"]:
+        raise SizeError(
+            f"size: {size[0]}x{size[1]} has {positions} positions, expected at least one for each of "
+            f"{options['queries']} queries",
+            hint="a larger --size; checkpoints are trained at 640",
+        )
     origin = layout.partition(",")[0]
     packed = origin != "huggingface"
     position = origin if options["position"] == "checkpoint" else options["position"]
@@ -157,6 +167,17 @@ def interface(options: Mapping[str, Any]) -> dict[str, Any]:
                 f"options.{key}: got {options[key]!r}, expected one of {', '.join(known)}",
                 hint=did_you_mean(str(options[key]), known),
             )
+    pairs = options["queries"] * options["classes"]
+    if not 0 < options["top_k"] <= pairs:
+        raise RecipeError(
+            f"options.top_k: got {options['top_k']}, expected 1 to {pairs}, the pairs of query and class",
+            hint="--set options.top_k=300",
+        )
+    if not 0 <= options["score_threshold"] < 1:
+        raise RecipeError(
+            f"options.score_threshold: got {options['score_threshold']}, expected a score from 0 to below 1",
+            hint="--set options.score_threshold=0.5",
+        )
     if options["part"] == "encoder":
         channels = _channels(options)
         specs = tuple(
