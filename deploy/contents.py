@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -177,9 +178,7 @@ def fitting(checkpoint: Checkpoint) -> tuple[tuple[str, ...], str]:
     for name in SYSTEMS:
         system = find_system(name)
         for variant in system.variants:
-            recipe = resolve_recipe(name, {"variant": ("--variant", variant)})
-            options = {**system.variants[variant].options, "classes": recipe.classes}
-            template = partial(empty_state, system, options, recipe.size)
+            template = partial(_template, name, variant)
             same, expected = _agreement(system, checkpoint.tensors, template)
             if same == expected:  # fit_checkpoint looks for near names in what does not fit, which takes seconds
                 with contextlib.suppress(CheckpointError):
@@ -188,6 +187,15 @@ def fitting(checkpoint: Checkpoint) -> tuple[tuple[str, ...], str]:
             if same > best:
                 best, nearest = same, f"{name} {variant}: {same} of its {expected} tensors"
     return tuple(fits), "" if fits else nearest
+
+
+@functools.cache
+def _template(name: str, variant: str, layout: str) -> Mapping[str, Any]:
+    """Return the expected state dict of a layout without memory."""
+    system = find_system(name)
+    recipe = resolve_recipe(name, {"variant": ("--variant", variant)})
+    options = {**system.variants[variant].options, "classes": recipe.classes}
+    return empty_state(system, options, recipe.size, layout)
 
 
 def _agreement(system: System, tensors: State, template: Callable[[str], Mapping[str, Any]]) -> tuple[int, int]:
