@@ -584,8 +584,8 @@ def test_export_from_a_url_and_verify_from_the_record(site, checkpoint, tmp_path
     assert (result.exit_code, "expected " + sha256[::-1] in result.stderr) == (20, True)
 
 
-def test_what_was_not_pinned_is_said_and_reloads_pinned(site, checkpoint, monkeypatch, tmp_path):
-    """Only loopback lets plain http through unpinned here, by taking the scheme's rule away."""
+def test_what_was_not_pinned_is_said_with_the_text_that_pins_it(site, checkpoint):
+    """The source is made by hand: as a text, an unpinned address must be https."""
     path, sha256 = checkpoint
     site.answers["/x.safetensors"] = file(path.read_bytes())
     out = io.StringIO()
