@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report import sample
 
-from deploy.artifacts import MANIFEST, publish, read_manifest, run_folder, write_json, write_manifest
-from deploy.errors import BundleError, StorageError
+from deploy.artifacts import (
+    MANIFEST,
+    publish,
+    read_manifest,
+    refused_writes,
+    run_folder,
+    write_json,
+    write_manifest,
+)
+from deploy.errors import BundleError, StorageError, TraceError
 from deploy.records import SCHEMA_VERSION, to_json
 
 
@@ -59,3 +68,74 @@ def test_an_earlier_bundle_is_not_in_the_way(tmp_path: Path) -> None:
             publish(scratch, final)
         assert read_manifest(final).name == name
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def bundle(final: Path, name: str) -> None:
+    with run_folder(final) as scratch:
+        write_manifest(sample.full_run(name=name), scratch)
+        publish(scratch, final)
+
+
+@pytest.mark.parametrize("stops", [KeyboardInterrupt, OSError])
+def test_publishing_that_stops_halfway_leaves_the_earlier_bundle(
+    stops: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "out"
+    bundle(final, "first")
+    rename = Path.rename
+
+    def stopped(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise stops
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises((KeyboardInterrupt, StorageError)):
+        bundle(final, "second")
+    assert read_manifest(final).name == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_what_dead_runs_of_this_bundle_left_is_cleared_away(tmp_path: Path) -> None:
+    bundle(tmp_path / "aside", "first")
+    names = [".out.partial-abcdefgh", ".out.old-abcdefgh", ".out.failed.partial-abcdefgh"]
+    others = [".out.partial-x.partial-abcdefgh", ".other.partial-abcdefgh", ".out.partial-short"]
+    for name in (*names, *others):
+        (tmp_path / name).mkdir()
+    (tmp_path / "aside").rename(tmp_path / ".out.old-abcdefgh" / "bundle")
+    with run_folder(tmp_path / "out") as scratch:
+        assert read_manifest(tmp_path / "out").name == "first"  # moved aside by a run that was killed
+        assert {p.name for p in tmp_path.iterdir()} == {"out", ".out.lock", scratch.name, *others}
+    assert {p.name for p in tmp_path.iterdir()} == {"out", *others}
+
+
+def test_one_run_at_a_time_writes_a_bundle(tmp_path: Path) -> None:
+    with run_folder(tmp_path / "out"), run_folder(tmp_path / "other"):
+        with pytest.raises(StorageError, match="another run is writing") as caught, run_folder(tmp_path / "out"):
+            pytest.fail("work was begun")
+        assert "--out" in caught.value.hint
+    with run_folder(tmp_path / "out"):
+        pass
+
+
+def fail_to_export() -> None:
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError as error:
+        raise TraceError("the exporter failed") from error
+
+
+def test_a_full_disk_is_found_behind_a_librarys_error() -> None:
+    words = "stage x: cannot write: No space left on device"
+    with pytest.raises(StorageError, match=words), refused_writes("stage x: cannot write"):
+        fail_to_export()
+
+
+OTHERS = [TraceError("bad graph"), FileNotFoundError(errno.ENOENT, "no such file"), KeyError()]
+
+
+@pytest.mark.parametrize("error", OTHERS)
+def test_other_errors_are_not_taken_for_a_full_disk(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, refused_writes("stage x: cannot write"):
+        raise error
+    assert caught.value is error

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from support import effdeploy
 
-from deploy.artifacts import read_manifest
+from deploy.artifacts import artifact_of, read_manifest
 from deploy.bundles import _names
 from deploy.errors import BenchmarkError
 from deploy.models import find_system
@@ -55,23 +59,28 @@ def test_a_graph_lowered_for_another_target_is_not_reused(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="pip install -e '.[tensorrt-rtx]'")
     out = tmp_path / "b"
     assert effdeploy(*TINY, "--until", "trace", "--out", out).exit_code == 0
+    before = read_manifest(out)
     rtx = ("--backend", "tensorrt_rtx", "--sm", "89")
-    result = effdeploy(*TINY, *rtx, "--from", "passes", "--until", "engine", "--out", out)
-    assert result.exit_code == 3
-    assert "target or device (needs --from trace)" in result.stderr
-    assert effdeploy(*TINY, *rtx, "--out", out).exit_code == 0
-    result = effdeploy(*TINY, *rtx, "--from", "report", "--out", out)
+    result = effdeploy(*TINY, *rtx, "--out", out)
     assert result.exit_code == 0, result.stderr
-    assert read_manifest(out).bench is None
+    run = read_manifest(out)
+    assert run.trace.artifact != before.trace.artifact
+    assert not any(origin.reused for origin in run.origins.values())
+    assert "target changed: onnxruntime -> tensorrt" in run.origins["trace"].why
+    assert effdeploy(*TINY, *rtx, "--out", out).exit_code == 0
+    run = read_manifest(out)
+    assert run.bench is None
+    assert run.origins["latency"].reused  # that no engine can be timed here is known by now
 
 
 def test_what_the_range_check_consumes_is_not_reused(tmp_path):
     out = tmp_path / "b"
     assert effdeploy(*TINY, "--fp16", "--until", "precision", "--out", out).exit_code == 0
-    changed = ("--set", "preprocess.crop=0.5")
-    result = effdeploy(*TINY, "--fp16", *changed, "--from", "engine", "--until", "engine", "--out", out)
-    assert result.exit_code == 3
-    assert "preprocess (needs --from precision)" in result.stderr
+    result = effdeploy(*TINY, "--fp16", "--set", "preprocess.crop=0.5", "--until", "precision", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    made = {stage: origin.why for stage, origin in read_manifest(out).origins.items() if not origin.reused}
+    assert made.keys() == {"model", "precision"}  # the model's record says how images become its input
+    assert made["precision"] == "preprocess.crop changed: 0.9 -> 0.5"
 
 
 def test_bundles_of_one_name_are_told_apart(tmp_path):
@@ -105,3 +114,56 @@ def test_a_wrong_photo_folder_is_refused_before_the_work(tmp_path):
 def test_memory_covers_the_first_call(tiny_bundle):
     latency = {c.name: c for c in read_manifest(tiny_bundle).bench.latencies}["engine"]
     assert latency.peak_memory > 2**20 or latency.peak_memory == 0
+
+
+@pytest.fixture(scope="module")
+def batched(tmp_path_factory):
+    """A bundle for batches of 1 to 3, as exported; tests must not change it."""
+    out = tmp_path_factory.mktemp("batched") / "b"
+    result = effdeploy(*TINY, "--batch", "1:2:3", "--until", "parity", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    return out
+
+
+def test_export_checks_the_rows_of_what_ships_and_verify_those_of_every_file(batched):
+    exported = read_manifest(batched).parity.batches
+    assert exported.ok
+    assert {c.stage for c in exported.checks} == {"engine"}
+    assert exported.sizes == (1, 2, 3)
+    result = effdeploy("verify", batched, "--json")
+    assert result.exit_code == 0, result.stderr
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    (parity,) = (e["record"] for e in events if e.get("type") == "ParityRecord")
+    assert {c["stage"] for c in parity["batches"]["checks"]} == {"traced", "engine"}
+    assert "rows of a batch, largest difference by check" in result.stderr
+
+
+def test_a_leak_between_rows_that_parity_cannot_see_fails_verify(batched, tmp_path):
+    """A hundred-thousandth of the batch's mean: a tenth of the tolerance against PyTorch, and a leak all the same."""
+    bundle = shutil.copytree(batched, tmp_path / "leaking")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    name = manifest["engines"][0]["artifact"]["name"]
+    model = onnx.load(bundle / name)
+    last = next(n for n in model.graph.node if "logits" in n.output)
+    last.output[0] = "clean"
+    model.graph.initializer.extend(
+        [numpy_helper.from_array(np.array([0]), "leak/axes"), numpy_helper.from_array(np.float32(1e-5), "leak/share")]
+    )
+    model.graph.node.extend(
+        [
+            helper.make_node("ReduceMean", ["clean", "leak/axes"], ["leak/mean"], name="leak/mean"),
+            helper.make_node("Mul", ["leak/mean", "leak/share"], ["leak/part"], name="leak/part"),
+            helper.make_node("Add", ["clean", "leak/part"], ["logits"], name="leak/add"),
+        ]
+    )
+    (bundle / name).write_bytes(model.SerializeToString())
+    text = (bundle / "manifest.json").read_text()
+    before = manifest["engines"][0]["artifact"]
+    after = artifact_of(bundle / name, bundle)
+    text = text.replace(before["sha256"], after.sha256).replace(f'"size": {before["size"]}', f'"size": {after.size}')
+    (bundle / "manifest.json").write_text(text)
+    result = effdeploy("verify", bundle)
+    assert result.exit_code == 15, result.stdout + result.stderr
+    found = "neighbour at batch 2 where row 0 is extreme values: row 1 of output 'logits' is off by"
+    assert f"error: batch check fails at 'engine': {found}" in result.stderr
+    assert "FAIL: neighbour at batch 2" in result.stdout
