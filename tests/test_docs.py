@@ -96,7 +96,8 @@ def options_of() -> dict[str, set[str]]:
     helps = {"-h", "--help"}
     commands = {name: command.params for name, command in group.commands.items()}
     return {
-        name: helps | {o for p in params for o in (*p.opts, *p.secondary_opts)} for name, params in {**commands, "": group.params}.items()
+        name: helps | {o for p in params for o in (*p.opts, *p.secondary_opts)}
+        for name, params in {**commands, "": group.params}.items()
     }
 
 
