@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,25 +116,30 @@ def _attention(graph: onnx.GraphProto, constant: set[str]) -> Iterator[tuple[str
         for name in node.input:
             consumers[name].append(node)
 
-    def product(node: onnx.NodeProto) -> bool:
-        return node.op_type in ("MatMul", "Einsum") and not any(name in constant for name in node.input)
+    def above(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        return [producer[name] for name in node.input if name in producer]
 
-    def above(node: onnx.NodeProto, depth: int = 0) -> onnx.NodeProto | None:
-        sources = [producer[name] for name in node.input if name in producer]
-        if found := next((s for s in sources if product(s)), None):
-            return found
-        on = (s for s in sources if s.op_type in _BETWEEN and depth < _DEPTH)
-        return next((found for s in on if (found := above(s, depth + 1))), None)
-
-    def below(node: onnx.NodeProto, depth: int = 0) -> onnx.NodeProto | None:
-        users = consumers[node.output[0]]
-        if found := next((u for u in users if product(u)), None):
-            return found
-        on = (u for u in users if u.op_type in _BETWEEN and depth < _DEPTH)
-        return next((found for u in on if (found := below(u, depth + 1))), None)
+    def below(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        return [user for name in node.output for user in consumers[name]]
 
     for node in graph.node:
         if node.op_type == "Attention":
             yield node.name, node.name
-        elif node.op_type == "Softmax" and (scores := above(node)) and below(node):
-            yield node.name, scores.name
+        elif node.op_type == "Softmax":
+            scores, values = (_nearest_product(node, way, constant) for way in (above, below))
+            if scores is not None and values is not None:
+                yield node.name, scores.name
+
+
+def _nearest_product(
+    node: onnx.NodeProto, way: Callable[[onnx.NodeProto], list[onnx.NodeProto]], constant: set[str], depth: int = 0
+) -> onnx.NodeProto | None:
+    """Walk one way from a softmax to the first product of two activations, through what may stand between."""
+    for near in way(node):
+        if near.op_type in ("MatMul", "Einsum") and not any(name in constant for name in near.input):
+            return near
+        if near.op_type in _BETWEEN and depth < _DEPTH:
+            found = _nearest_product(near, way, constant, depth + 1)
+            if found is not None:
+                return found
+    return None

@@ -317,7 +317,7 @@ def _verdict(checks: Sequence[BatchCheck]) -> str:
     failed = [c for c in checks if not c.ok]
     if failed:
         first = failed[0]
-        told = f"batch check {first.check!r} fails at {first.stage!r}: {summary.batch_failure(first)}"
+        told = f"batch check fails at {first.stage!r}: {summary.batch_failure(first)}"
         return f"{told} ({len(failed)} of {len(checks)} batch checks fail)"
     judged = [c for c in checks if c.limit]
     worst = max(judged, key=lambda c: c.error / c.limit)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
 
 from deploy.backends.base import Array, Feeds
 from deploy.errors import PrecisionError
-from deploy.graph.io import load_model
 from deploy.precision.policy import MOVEMENT
-from deploy.precision.view import FLOAT, tensor_types
+from deploy.precision.view import FLOAT
 
 IMAGES = 2
 """Images per run."""
@@ -25,13 +23,14 @@ IMAGES = 2
 _SAME_VALUES = MOVEMENT & frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 
 
-def activation_ranges(model: Path, feeds: Feeds) -> dict[str, float]:
-    """Measure the largest finite absolute value of every float32 tensor that ``model`` computes.
+def ranges_of(model: ModelProto, types: Mapping[str, int], feeds: Feeds) -> dict[str, float]:
+    """Measure the largest finite absolute value of every float32 tensor that a float32 ``model`` computes.
 
     Infinite values are left out: they are mask fills, and 16-bit floats hold them as well.
 
     Args:
-        model: A float32 ONNX file.
+        model: The model.
+        types: Tensor name -> element type, from ``deploy.precision.view.tensor_types``.
         feeds: Input name -> array; images on axis 0, in multiples of a fixed batch.
 
     Returns:
@@ -41,12 +40,6 @@ def activation_ranges(model: Path, feeds: Feeds) -> dict[str, float]:
     Raises:
         PrecisionError: ONNX Runtime cannot run the model on these feeds.
     """
-    loaded = load_model(model)
-    return ranges_of(loaded, tensor_types(loaded), feeds)
-
-
-def ranges_of(model: ModelProto, types: Mapping[str, int], feeds: Feeds) -> dict[str, float]:
-    """Do the same for a model in memory whose tensor types are known."""
     probes, same = _probes(model, types)
     found = _maxima(model, probes, feeds, masked=False)
     if odd := [name for name, value in found.items() if not math.isfinite(value)]:

@@ -11,14 +11,13 @@ import pytest
 from precision_cases import convert, noise, parse, run
 
 from deploy.errors import PrecisionError
-from deploy.precision.ranges import activation_ranges
+from deploy.precision.ranges import ranges_of
+from deploy.precision.view import tensor_types
 from deploy.records import Precision
 
 
-def measured(model: onnx.ModelProto, folder: Path, feeds: dict[str, np.ndarray]) -> dict[str, float]:
-    path = folder / "20-patched.onnx"
-    path.write_bytes(model.SerializeToString())
-    return activation_ranges(path, feeds)
+def measured(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, float]:
+    return ranges_of(model, tensor_types(model), feeds)
 
 
 def chain(scale: float = 1.0) -> onnx.ModelProto:
@@ -33,25 +32,25 @@ def chain(scale: float = 1.0) -> onnx.ModelProto:
     )
 
 
-def test_every_float_tensor_is_measured_as_numpy_does(tmp_path: Path) -> None:
+def test_every_float_tensor_is_measured_as_numpy_does() -> None:
     feeds = {"x": noise(5, 8), "n": np.ones(1, np.int64)}
-    found = measured(chain(3), tmp_path, feeds)
+    found = measured(chain(3), feeds)
     x = np.abs(feeds["x"]).max()
     wanted = {"x": x, "stem": x, "wide": 3 * x, "view": 3 * x, "fine": np.tanh(3 * x), "z": np.tanh(3 * x)}
     assert found == pytest.approx(wanted, rel=1e-6)
 
 
-def test_the_largest_of_all_batches_counts(tmp_path: Path) -> None:
+def test_the_largest_of_all_batches_counts() -> None:
     for place in range(5):
         x = np.full((5, 8), 0.5, np.float32)
         x[place, 3] = -7
-        assert measured(chain(), tmp_path, {"x": x, "n": np.ones(1, np.int64)})["stem"] == 7
+        assert measured(chain(), {"x": x, "n": np.ones(1, np.int64)})["stem"] == 7
 
 
-def test_a_fixed_batch_is_run_as_it_is(tmp_path: Path) -> None:
+def test_a_fixed_batch_is_run_as_it_is() -> None:
     model = parse("g (float[4,8] x) => (float[4,8] z) { z = MatMul(x, w) }", {"w": np.eye(8, dtype=np.float32)})
     x = noise(8, 8)
-    assert measured(model, tmp_path, {"x": x})["z"] == pytest.approx(np.abs(x).max())
+    assert measured(model, {"x": x})["z"] == pytest.approx(np.abs(x).max())
 
 
 def test_infinite_fills_are_left_out_and_nan_is_told(tmp_path: Path) -> None:
@@ -66,10 +65,10 @@ def test_infinite_fills_are_left_out_and_nan_is_told(tmp_path: Path) -> None:
     masked = np.zeros((2, 8), bool)
     masked[:, :4] = True
     feeds = {"x": noise(2, 8), "c": masked}
-    found = measured(model, tmp_path, feeds)
+    found = measured(model, feeds)
     assert found["m"] == pytest.approx(np.abs(feeds["x"][:, :4]).max())
     feeds["c"] = np.zeros((2, 8), bool)  # softmax of nothing but minus infinity
-    assert math.isnan(measured(model, tmp_path, feeds)["s"])
+    assert math.isnan(measured(model, feeds)["s"])
     (warning,) = (w for w in convert(model, tmp_path, feeds=feeds).record.warnings if "NaN" in w)
     assert "m/s" in warning or "(m)" in warning
 
@@ -126,6 +125,6 @@ def test_bfloat16_has_the_range_of_float32(tmp_path: Path) -> None:
     "feeds",
     [{"x": np.ones((2, 9), np.float32), "n": np.ones(1, np.int64)}, {"y": np.ones((2, 8), np.float32)}],
 )
-def test_feeds_that_do_not_fit_are_an_error(feeds: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_feeds_that_do_not_fit_are_an_error(feeds: dict[str, np.ndarray]) -> None:
     with pytest.raises(PrecisionError, match="range check cannot run the graph on"):
-        measured(chain(), tmp_path, feeds)
+        measured(chain(), feeds)

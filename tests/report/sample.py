@@ -15,6 +15,8 @@ from deploy.records import (
     Artifact,
     Audit,
     Batch,
+    BatchCheck,
+    BatchRecord,
     BenchRecord,
     Comparison,
     Drift,
@@ -311,6 +313,18 @@ def _parity() -> ParityRecord:
         inputs={"noise": 8, "natural": 8, "extremes": 8},
         notes=("no photographs were given (--images DIR): top-1 is over made inputs",),
         seconds=9.8,
+        batches=_batches(),
+    )
+
+
+def _batches() -> BatchRecord:
+    checks = [
+        BatchCheck(stage="engine", check=name, batch=size, output="logits", row=1, error=error, limit=limit, ok=True)
+        for size in (1, 3, 8)
+        for name, error, limit in (("alone", 3.11e-4, 5e-3), ("permuted", 2.17e-4, 5e-3), ("neighbour", 0.0, 0.0))
+    ]
+    return BatchRecord(
+        ok=True, verdict="rows are independent", checks=tuple(checks), sizes=(1, 3, 8), notes=(), seconds=2.4
     )
 
 
