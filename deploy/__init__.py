@@ -2,7 +2,7 @@
 
     import deploy
 
-    run = deploy.export("riformer", precision="fp16")
+    run = deploy.export(system, precision="fp16")
     print(run.verdict)
 
 Every name is imported when it is first used, so that ``import deploy`` costs nothing.
@@ -14,6 +14,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deploy.answers import ConversionRecord as ConversionRecord
+    from deploy.answers import PlanRecord as PlanRecord
+    from deploy.answers import SystemRecord as SystemRecord
     from deploy.api import benchmark as benchmark
     from deploy.api import build as build
     from deploy.api import convert as convert
@@ -36,13 +39,10 @@ if TYPE_CHECKING:
     from deploy.graph.inspection import GraphReport as GraphReport
     from deploy.records import BenchRecord as BenchRecord
     from deploy.records import BuildRecord as BuildRecord
-    from deploy.records import ConversionRecord as ConversionRecord
     from deploy.records import ParityRecord as ParityRecord
-    from deploy.records import PlanRecord as PlanRecord
     from deploy.records import Precision as Precision
     from deploy.records import RunRecord as RunRecord
     from deploy.records import Stage as Stage
-    from deploy.records import SystemRecord as SystemRecord
     from deploy.records import Target as Target
 
 # ONNX Runtime 1.31 opens a telemetry client when it is imported, unless told not to before.
@@ -52,6 +52,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. No function has the name of a submodule: importing that would take its place.
 _HOMES = {
+    "deploy.answers": ("ConversionRecord", "PlanRecord", "SystemRecord"),
     "deploy.api": (
         "benchmark", "build", "convert", "diagnose", "diff", "export", "inspect", "plan", "render", "systems", "verify",
     ),
@@ -62,8 +63,8 @@ _HOMES = {
     "deploy.errors": ("EffdeployError",),
     "deploy.graph.inspection": ("GraphReport",),
     "deploy.records": (
-        "BenchRecord", "BuildRecord", "ConversionRecord", "ParityRecord", "PlanRecord", "Precision", "RunRecord",
-        "Stage", "SystemRecord", "Target",
+        "BenchRecord", "BuildRecord", "ParityRecord", "Precision", "RunRecord",
+        "Stage", "Target",
     ),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

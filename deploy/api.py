@@ -2,7 +2,7 @@
 
 ``import deploy`` gives all of them (``deploy.export``, ``deploy.verify``, ...). They return the frozen records of
 ``deploy.records``, raise the errors of ``deploy.errors``, and write nothing to the terminal unless they are given a
-console: ``deploy.export("riformer", console=deploy.Console())``.
+console: ``deploy.verify(bundle, console=deploy.Console())``.
 
 A keyword is the option's name with underscores; where that is a word of Python, an underscore follows (``from_``,
 ``set_``). Heavy libraries are imported when a function is called.
@@ -11,24 +11,32 @@ A keyword is the option's name with underscores; where that is a word of Python,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
+
+from deploy.keywords import (
+    Assignments,
+    Names,
+    PathLike,
+    Size,
+    assignments_of,
+    console_or_silence,
+    listed,
+    one_of,
+    path_of,
+    paths_of,
+    recipe_of,
+    road_of,
+)
 
 if TYPE_CHECKING:
+    from deploy.answers import ConversionRecord, PlanRecord, SystemRecord
     from deploy.comparing import BundleDiff
     from deploy.console import Console
     from deploy.contents import BundleReport, CheckpointReport, EngineReport
     from deploy.doctor import Diagnosis
     from deploy.graph.inspection import GraphReport
-    from deploy.recipe import Recipe
-    from deploy.records import BenchRecord, BuildRecord, ConversionRecord, PlanRecord, RunRecord, Stage, SystemRecord
-
-PathLike = str | Path
-Names = str | Sequence[str]
-Size = int | str | tuple[int, int]
-Assignments = Mapping[str, Any] | Sequence[str]
-E = TypeVar("E", bound=Enum)
+    from deploy.records import BenchRecord, BuildRecord, RunRecord
 
 
 def export(
@@ -92,13 +100,13 @@ def export(
     """
     from deploy.pipeline import run
 
-    recipe = _recipe(
+    recipe = recipe_of(
         system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
         target=target, sm=sm, device=device, images=images, baseline=baseline, seconds=seconds, threads=threads,
         set_=set_, verify_each=verify_each,
     )  # fmt: skip
-    first, last, folder = _road(recipe, from_, until, out)
-    console = _quiet(console)
+    first, last, folder = road_of(recipe, from_, until, out)
+    console = console_or_silence(console)
     console.steps = last.order + 1
     return run(recipe, folder, until=last, start=first, reuse=reuse, console=console)
 
@@ -141,13 +149,13 @@ def plan(
     """
     from deploy.planning import plan_export, show
 
-    recipe = _recipe(
+    recipe = recipe_of(
         system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
         target=target, sm=sm, device=device, images=images, baseline=baseline, seconds=seconds, threads=threads,
         set_=set_, verify_each=verify_each,
     )  # fmt: skip
-    first, last, folder = _road(recipe, from_, until, out)
-    console = _quiet(console)
+    first, last, folder = road_of(recipe, from_, until, out)
+    console = console_or_silence(console)
     planned = plan_export(recipe, folder, until=last, start=first, reuse=reuse, console=console)
     show(planned, console)
     return planned
@@ -188,8 +196,8 @@ def convert(
     from deploy.models.conversion import convert_checkpoint
     from deploy.resolve import resolve_recipe
 
-    recipe = resolve_recipe(str(system), {"variant": ("--variant", variant)}, _assignments(set_))
-    console = _quiet(console)
+    recipe = resolve_recipe(str(system), {"variant": ("--variant", variant)}, assignments_of(set_))
+    console = console_or_silence(console)
     with console.step("convert") as step:
         record = convert_checkpoint(find_system(recipe.system), recipe, Path(checkpoint), Path(out), to=to, force=force)
         step.note(f"{record.tensors} tensors, {record.source_layout} -> {record.layout}")
@@ -255,7 +263,7 @@ def build(
 
     options = {
         "engine.backend": ("--backend", backend),
-        "engine.sm": ("--sm", _listed(sm)),
+        "engine.sm": ("--sm", listed(sm)),
         "engine.level": ("--level", level),
         "engine.workspace": ("--workspace", workspace),
         "engine.tf32": ("--tf32", tf32),
@@ -269,8 +277,8 @@ def build(
     }
     batches = () if batch is None else (batch,) if isinstance(batch, (int, str)) else tuple(batch)
     return build_engines(
-        Path(source), _quiet(console), options=options, batches=tuple(str(text) for text in batches),
-        precision=_one_of(Precision, precision, "precision"), out=_path(out),
+        Path(source), console_or_silence(console), options=options, batches=tuple(str(text) for text in batches),
+        precision=one_of(Precision, precision, "precision"), out=path_of(out),
     )  # fmt: skip
 
 
@@ -295,7 +303,7 @@ def verify(
     """
     from deploy.bundles import verify_bundle
 
-    return verify_bundle(Path(bundle), _quiet(console), weights=weights, images=_path(images))
+    return verify_bundle(Path(bundle), console_or_silence(console), weights=weights, images=path_of(images))
 
 
 def benchmark(
@@ -327,7 +335,7 @@ def benchmark(
     from deploy.bundles import bench_bundles
 
     return bench_bundles(
-        _paths(bundles), _quiet(console), baselines=_listed(baseline) or (), weights=weights,
+        paths_of(bundles), console_or_silence(console), baselines=listed(baseline) or (), weights=weights,
         seconds=seconds, threads=threads,
     )  # fmt: skip
 
@@ -349,11 +357,11 @@ def render(
         BundleError: A folder is no bundle.
         StorageError: The folder cannot be written to.
     """
-    from deploy.records import FilesRecord
+    from deploy.answers import FilesRecord
     from deploy.report import render_bundles
 
-    console = _quiet(console)
-    files = render_bundles(_paths(bundles), _path(out))
+    console = console_or_silence(console)
+    files = render_bundles(paths_of(bundles), path_of(out))
     for path in files:
         console.line(f"wrote {path}")
     console.result(FilesRecord(files=tuple(str(path) for path in files)))
@@ -389,7 +397,7 @@ def inspect(
     """
     from deploy.contents import inspect_path
 
-    return inspect_path(Path(path), _quiet(console), batch=batch, sizes=axis, depth=depth)
+    return inspect_path(Path(path), console_or_silence(console), batch=batch, sizes=axis, depth=depth)
 
 
 def diff(
@@ -428,7 +436,7 @@ def diff(
     from deploy.comparing import diff_bundles
     from deploy.gates import parse_gate
 
-    console, gates = _quiet(console), [fail_if] if isinstance(fail_if, str) else fail_if
+    console, gates = console_or_silence(console), [fail_if] if isinstance(fail_if, str) else fail_if
     for text in gates:
         parse_gate(text)  # before the measurement
     first, second = Path(a), Path(b)
@@ -451,7 +459,7 @@ def diagnose(*, console: Console | None = None) -> Diagnosis:
     from deploy.doctor import examine, report
 
     found = examine(Path("engines"))
-    report(found, _quiet(console))
+    report(found, console_or_silence(console))
     return found
 
 
@@ -470,82 +478,5 @@ def systems(*, console: Console | None = None) -> tuple[SystemRecord, ...]:
     from deploy.catalogue import catalogue, show
 
     found = catalogue()
-    show(found, _quiet(console))
+    show(found, console_or_silence(console))
     return found
-
-
-def _recipe(
-    system: PathLike, *, variant: str | None, weights: PathLike | None, size: Size | None, batch: int | str | None,
-    precision: str | None, backend: str | None, target: str | None, sm: str | Sequence[int] | None,
-    device: str | None, images: PathLike | None, baseline: Names | None, seconds: float | None, threads: int | None,
-    set_: Assignments, verify_each: bool,
-) -> Recipe:  # fmt: skip
-    from deploy.reuse import resolve_once
-
-    options = {
-        "variant": ("--variant", variant),
-        "weights": ("--weights", None if weights is None else str(weights)),
-        "size": ("--size", size),
-        "batch": ("--batch", batch),
-        "precision": (f"--{precision}", precision),
-        "target": ("--target", target),
-        "engine.backend": ("--backend", backend),
-        "engine.sm": ("--sm", _listed(sm)),
-        "engine.device": ("--device", device),
-        "parity.images": ("--images", images),
-        "bench.baselines": ("--baseline", _listed(baseline)),
-        "bench.seconds": ("--seconds", seconds),
-        "bench.threads": ("--threads", threads),
-        "passes.verify_each": ("--verify-each", verify_each or None),
-    }
-    return resolve_once(str(system), options, _assignments(set_))
-
-
-def _road(
-    recipe: Recipe, from_: str | None, until: str | None, out: PathLike | None
-) -> tuple[Stage | None, Stage, Path]:
-    """Return the stage to make again from, the last stage, and the bundle folder."""
-    from deploy.resolve import default_name, stages_between
-
-    first, last = stages_between(from_, until)
-    return first if from_ else None, last, Path(out) if out else Path("engines") / default_name(recipe)
-
-
-def _one_of(kind: type[E], name: str | None, what: str) -> E | None:
-    """Read a value of an enumeration.
-
-    Raises:
-        UnknownNameError: it has no such value.
-    """
-    from deploy.errors import UnknownNameError, did_you_mean
-
-    values = {member.value: member for member in kind}
-    if name is not None and name not in values:
-        raise UnknownNameError(f"{what}: no {name!r}", hint=did_you_mean(name, values))
-    return None if name is None else values[name]
-
-
-def _quiet(console: Console | None) -> Console:
-    from deploy.console import Console, Mode
-
-    return console or Console(Mode.SILENT)
-
-
-def _assignments(given: Assignments) -> Sequence[str]:
-    """Write a mapping as ``KEY=VALUE`` texts; JSON is YAML."""
-    import json
-
-    return [f"{key}={json.dumps(value)}" for key, value in given.items()] if isinstance(given, Mapping) else given
-
-
-def _listed(value: Any) -> tuple[Any, ...] | None:
-    """Read ``"a,b"`` or a sequence; ``None`` and nothing stay ``None``."""
-    return tuple(value.split(",") if isinstance(value, str) else value) if value else None
-
-
-def _path(value: PathLike | None) -> Path | None:
-    return None if value is None else Path(value)
-
-
-def _paths(value: PathLike | Sequence[PathLike]) -> list[Path]:
-    return [Path(value)] if isinstance(value, (str, Path)) else [Path(path) for path in value]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deploy.answers import CatalogueRecord, SystemRecord, VariantRecord
 from deploy.console import Console
 from deploy.models import SYSTEMS, find_system
 from deploy.models.base import System, count_macs, empty_state
 from deploy.recipe import configs_folder, read_yaml
-from deploy.records import CatalogueRecord, SystemRecord, VariantRecord
 from deploy.resolve import resolve_recipe
 
 COLUMNS = ("variant", "parameters (M)", "multiply-adds (G)", "input", "")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deploy import units
+from deploy.answers import PlannedFile, PlannedStage, PlanRecord
 from deploy.artifacts import (
     MANIFEST,
     PATCHED,
@@ -29,7 +30,7 @@ from deploy.models import find_system
 from deploy.models.base import load_model
 from deploy.pipeline import check_request, refuse_to_shorten
 from deploy.recipe import Recipe
-from deploy.records import ModelRecord, PlannedFile, PlannedStage, PlanRecord, Precision, RunRecord, Stage, Target
+from deploy.records import ModelRecord, Precision, RunRecord, Stage, Target
 from deploy.reuse import CONSUMES, preview
 from deploy.trace import choose_opset
 

@@ -15,7 +15,7 @@ import torch
 import typer.main
 from support import effdeploy
 
-from deploy import records
+from deploy import answers, records
 from deploy.cli import app
 from deploy.cli.app import session
 
@@ -125,7 +125,7 @@ def test_a_dry_run_is_a_plan(tmp_path):
     )
     last = events(result.stdout)[-1]
     assert last["type"] == "PlanRecord"
-    assert records.from_json(records.PlanRecord, last["record"]).stages[-1].stage is records.Stage.TRACE
+    assert records.from_json(answers.PlanRecord, last["record"]).stages[-1].stage is records.Stage.TRACE
 
 
 def test_an_undocumented_event_is_noticed():

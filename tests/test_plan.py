@@ -10,9 +10,10 @@ from support import effdeploy
 from test_cli import BAD_INPUT
 
 import deploy
+from deploy.answers import PlanRecord
 from deploy.artifacts import read_manifest, write_manifest
 from deploy.planning import earlier_runs
-from deploy.records import PlanRecord, Stage, from_json, to_json
+from deploy.records import Stage, from_json, to_json
 
 TINY = ("export", "riformer", "--variant", "tiny", "--seconds", "0.2", "--baseline", "naive")
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from deploy.answers import ConversionRecord
 from deploy.artifacts import artifact_of
 from deploy.errors import CheckpointError, StorageError, UnknownNameError, did_you_mean
 from deploy.models.base import (
@@ -29,7 +30,6 @@ from deploy.models.base import (
 )
 from deploy.models.checkpoint import Fitted, State, WeightMap, fit_checkpoint, read_checkpoint
 from deploy.recipe import Recipe
-from deploy.records import ConversionRecord
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 MAX_RELATIVE = 1e-5  # what the deploy form of a system may differ by in float32 as well

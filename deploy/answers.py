@@ -1,0 +1,95 @@
+"""The records that commands give back and no stage takes on: what there is, what would be done, what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deploy.records import Artifact, ModelRecord, Stage, record
+
+
+@record
+class VariantRecord:
+    """One size of a system. ``macs`` are multiply-adds per image at ``size`` (height, width)."""
+
+    name: str
+    parameters: int
+    macs: int
+    size: tuple[int, int]
+    summary: str
+
+
+@record
+class SystemRecord:
+    """A system that can be exported, and its variants."""
+
+    name: str
+    task: str
+    paper: str
+    variants: tuple[VariantRecord, ...]
+
+
+@record
+class CatalogueRecord:
+    """What ``effdeploy list`` shows."""
+
+    systems: tuple[SystemRecord, ...]
+
+
+@record
+class FilesRecord:
+    """Files that a command wrote."""
+
+    files: tuple[str, ...]
+
+
+@record
+class PlannedFile:
+    """A file that a run would write; ``size`` in bytes is an estimate from ``basis``, ``None``: not known before."""
+
+    name: str
+    size: int | None
+    basis: str
+
+
+@record
+class PlannedStage:
+    """A stage of a run that has not run; ``seconds`` is what ``evidence`` measured on this machine, or ``None``."""
+
+    stage: Stage
+    action: str  # "run" | "reuse"
+    seconds: float | None
+    evidence: str
+    files: tuple[PlannedFile, ...]
+
+
+@record
+class PlanRecord:
+    """What an export would do. ``needed`` and ``free`` are bytes on the file system of ``out``."""
+
+    name: str
+    out: str
+    until: Stage
+    recipe: Mapping[str, Any]
+    model: ModelRecord
+    backend: str
+    backend_note: str  # why the backend cannot build here; empty when it can, or when no engine was asked for
+    stages: tuple[PlannedStage, ...]
+    needed: int
+    free: int
+    warnings: tuple[str, ...]
+
+
+@record
+class ConversionRecord:
+    """A checkpoint that was written in another layout. ``max_relative`` compares the outputs of both files."""
+
+    source: str
+    source_sha256: str
+    source_layout: str
+    layout: str
+    artifact: Artifact
+    tensors: int
+    parameters: int
+    max_relative: float
+    seconds: float
