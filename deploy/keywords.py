@@ -1,4 +1,4 @@
-"""What the functions of ``deploy.api`` take, as Python has it or as it is typed, made into what the rooms below take."""
+"""What the functions of ``deploy.api`` take, as Python has it or as it is typed, for the rooms below."""
 
 from __future__ import annotations
 
