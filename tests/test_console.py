@@ -125,6 +125,21 @@ def test_a_warning_during_progress_is_printed_above_the_bar() -> None:
     assert err.getvalue() == ""
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_phases_nest_come_again_and_may_stay_open(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.console._PLAIN_PROGRESS_SECONDS", 0.0)
+    console, out, _ = make(terminal=terminal)
+    with console.step("engine"), console.phases() as report:
+        report("Building", 0, 2)
+        for _ in range(2):
+            report("Timing", 0, 3)
+            report("Timing", 3, 3)
+        report("Building", 1, 2)  # a cancelled build never ends its phases
+    if not terminal:
+        assert "Timing: 3 of 3" in out.getvalue()
+        assert "Building: 1 of 2" in out.getvalue()
+
+
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {}])
 def test_dumb_terminals_and_plain_mode_get_no_escapes(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -58,3 +58,23 @@ def test_every_unit_is_there() -> None:
     assert units.giga(1_822_000_000) == "1.82 G"
     assert units.given(1e-4) == "0.0001"
     assert units.count(11_915_176) == "11,915,176"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4GiB", 4 << 30), ("512 MB", 512_000_000), ("1G", 1 << 30), (1024, 1024), ("0", 0), ("12b", 12), ("1 KIB", 1024)],
+)
+def test_sizes_that_people_type(text, value):
+    assert units.bytes_of(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "lots", "4TB", "-1", "1.5GiB", True, "4 Gi B"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="expected bytes or a size such as 4GiB"):
+        units.bytes_of(text)
+
+
+@pytest.mark.parametrize(("value", "text"), [(4 << 30, "4 GiB"), (3 << 29, "1536 MiB"), (1000, "1000 B"), (0, "0 B")])
+def test_exact_binary_sizes(value, text):
+    assert units.binary(value) == text
+    assert units.bytes_of(text) == value

@@ -116,7 +116,7 @@ def reproduce(run: RunRecord) -> Section:
         words = "Without effdeploy, in the bundle's folder: typed file against traced file on the same seeded inputs."
         blocks += [Text(text=words), Code(text=polygraphy)]
     if tensorrt := tensorrt_commands(run):
-        words = "The TensorRT engines with NVIDIA's tools: build, time, compare; trtexec comes with TensorRT's own packages."
+        words = "The TensorRT engines with NVIDIA's tools: build, time, compare; trtexec is not in TensorRT's wheels."
         blocks += [Text(text=words), Code(text=tensorrt)]
     return Section(slug="reproduce", title="Reproduce", blocks=tuple(blocks))
 
