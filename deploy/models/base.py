@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -353,7 +353,7 @@ def _with_weights(
     fitted = fit_checkpoint(
         checkpoint,
         system.weight_maps,
-        lambda layout: empty_state(system, options, recipe.size, layout),
+        cache(lambda layout: empty_state(system, options, recipe.size, layout)),
         lambda: fitting_variant(system, recipe, checkpoint.tensors),
     )
     model = build_uninitialised(system, options, recipe.size, fitted.layout)
@@ -406,11 +406,15 @@ def empty_state(system: System, options: Options, size: Size, layout: str) -> Te
 def fitting_variant(system: System, recipe: Recipe, tensors: Mapping[str, torch.Tensor]) -> str:
     """Name another variant that the checkpoint would fit, for the error's hint; empty when there is none."""
     checkpoint = Checkpoint(tensors=dict(tensors), sha256="", wrapping="")
+    tried: list[Options] = []
     for name, variant in system.variants.items():
+        if variant.options in tried:
+            continue
+        tried.append(variant.options)
         template = partial(empty_state, system, {**variant.options, "classes": recipe.classes}, recipe.size)
         try:
-            fit_checkpoint(checkpoint, system.weight_maps, template, str)
-        except CheckpointError:
+            fit_checkpoint(checkpoint, system.weight_maps, cache(template), str)
+        except (CheckpointError, SizeError):  # a variant may not exist at this size
             continue
         return name
     return ""

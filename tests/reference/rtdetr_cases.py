@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from reference import rtdetr_fill
 
 FOLDER = Path(__file__).parent

@@ -12,6 +12,7 @@ RandomState is used on purpose: its stream is frozen by numpy's compatibility po
 """
 
 import zlib
+
 import numpy as np
 
 AS_BUILT = ("anchors", "valid_mask", "num_points_scale", "n_points_scale")

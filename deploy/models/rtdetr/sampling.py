@@ -33,7 +33,7 @@ class GridSampling(nn.Module):
         """Sample, weight and sum."""
         parts = [
             functional.grid_sample(x, level, mode="bilinear", padding_mode="zeros", align_corners=False)
-            for x, level in zip(maps, grid.split(self.points, 2), strict=True)
+            for x, level in zip(maps, torch.split(grid, self.points, 2), strict=True)
         ]
         return (torch.cat(parts, 3) * weights).sum(3)
 

@@ -42,7 +42,9 @@ class RTDETR(nn.Module):
 class Detector(RTDETR):
     """RT-DETR with its post-processor: images and their original sizes to detections."""
 
-    def forward(self, images: Tensor, orig_target_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # the parts of one model take and give different things
+        self, images: Tensor, orig_target_sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Detect.
 
         Args:
