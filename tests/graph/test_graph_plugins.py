@@ -1,0 +1,95 @@
+"""TensorRT's deformable attention plugin in place of GridSample: the same numbers by the plugin's definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from deploy.graph.base import parse_example
+from deploy.graph.io import graph_of, model_of
+from deploy.graph.plugins import use_deformable_attention
+
+SIZES, HEADS, WIDTH, QUERIES, POINTS = [(4, 6), (2, 3)], 2, 3, 5, 2
+
+
+class MultiscaleDeformableAttnPlugin_TRT(OpRun):  # noqa: N801  the plugin's name
+    """The plugin's definition, point by point."""
+
+    op_domain = ""
+
+    def _run(self, value, sizes, starts, locations, weights, plugin_version=None, plugin_namespace=None):
+        out = np.zeros((len(value), locations.shape[1], *value.shape[2:]), np.float32)
+        for n, q, m, level, p in np.ndindex(*weights.shape):
+            height, width = sizes[level]
+            x, y = locations[n, q, m, level, p] * (width, height) - 0.5
+            for row in (np.floor(y), np.floor(y) + 1):
+                for column in (np.floor(x), np.floor(x) + 1):
+                    if 0 <= row < height and 0 <= column < width:
+                        token = starts[level] + int(row) * width + int(column)
+                        share = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[n, q, m, level, p]
+                        out[n, q, m] += share * value[n, token, m]
+        return (out,)
+
+
+def sampling(second=POINTS, align_corners=0, padding="zeros"):
+    return parse_example(f"""
+        example (float[N,6,4,6] a, float[N,6,2,3] b, float[M,5,{POINTS + second},2] grid,
+                 float[M,1,5,{POINTS + second}] weights) => (float[M,3,5] y)
+        <int64[4] first = {{-1, 3, 4, 6}}, int64[4] second = {{-1, 3, 2, 3}}, int64[2] parts = {{{POINTS}, {second}}},
+         int64[1] last = {{3}}>
+        {{
+            low = Reshape(a, first)
+            high = Reshape(b, second)
+            left, right = Split <axis = 2> (grid, parts)
+            p = GridSample <align_corners = {align_corners}, padding_mode = "{padding}"> (low, left)
+            q = GridSample <align_corners = {align_corners}, padding_mode = "{padding}"> (high, right)
+            all = Concat <axis = 3> (p, q)
+            weighted = Mul(all, weights)
+            y = ReduceSum <keepdims = 0> (weighted, last)
+        }}
+    """)
+
+
+def feeds(batch):
+    draw = np.random.default_rng(0)
+    maps = {name: draw.standard_normal((batch, 6, *size)) for name, size in zip("ab", SIZES, strict=True)}
+    grid = draw.uniform(-1.4, 1.4, (batch * HEADS, QUERIES, 2 * POINTS, 2))
+    weights = draw.uniform(0, 1, (batch * HEADS, 1, QUERIES, 2 * POINTS))
+    return {name: value.astype(np.float32) for name, value in {**maps, "grid": grid, "weights": weights}.items()}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_plugin_gives_what_gridsample_gave(batch):
+    model = onnx.shape_inference.infer_shapes(sampling())
+    graph = graph_of(model)
+    result = use_deformable_attention(graph, version="2")
+    assert (result.sites, result.declined) == (1, ())
+    rewritten = model_of(graph)
+    (plugin,) = [node for node in rewritten.graph.node if node.op_type == MultiscaleDeformableAttnPlugin_TRT.__name__]
+    assert [a.s for a in plugin.attribute if a.name == "plugin_version"] == [b"2"]
+    assert not [node for node in rewritten.graph.node if node.op_type in ("GridSample", "ReduceSum")]
+    (want,) = ReferenceEvaluator(model).run(None, feeds(batch))
+    (got,) = ReferenceEvaluator(rewritten, new_ops=[MultiscaleDeformableAttnPlugin_TRT]).run(None, feeds(batch))
+    assert abs(got - want).max() <= 2e-6
+    other = dict(feeds(batch), grid=feeds(batch)["grid"] + np.float32(0.05))  # negative control
+    assert abs(ReferenceEvaluator(model).run(None, other)[0] - got).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"align_corners": 1}, "aligns corners"),
+        ({"padding": "border"}, "padding is border"),
+        ({"second": 3}, "as many at each"),
+    ],
+)
+def test_what_the_plugin_cannot_do_is_left_alone_with_the_reason(change, reason):
+    model = onnx.shape_inference.infer_shapes(sampling(**change))
+    graph = graph_of(model)
+    result = use_deformable_attention(graph)
+    assert result.sites == 0
+    assert reason in result.declined[0]
+    assert model_of(graph).SerializeToString() == model_of(graph_of(model)).SerializeToString()
