@@ -43,19 +43,26 @@ def resolve_recipe(
     Args:
         name_or_file: A system's name, or a recipe file that names one.
         options: Recipe key to (flag, value), e.g. ``{"engine.backend": ("--backend", "tensorrt")}``.
-        assignments: ``KEY=VALUE`` texts.
+        assignments: ``KEY=VALUE`` texts; an option of the system may be named without ``options.``.
 
     Raises:
         UnknownNameError: no such system or variant.
         RecipeError: lists every mistake.
     """
-    layers = [*recipe_layers(name_or_file), layer_of_options(options or {}), layer_of_assignments(assignments)]
+    layers = recipe_layers(name_or_file)
     system = find_system(str(layers[0].data["system"]))
+    layers += [layer_of_options(options or {}), layer_of_assignments(_qualified(system, assignments))]
     variant = str(next(layer.data["variant"] for layer in reversed(layers) if "variant" in layer.data))
     for name in (variant, *(name for layer in layers for name in layer.variants)):
         if name not in system.variants:
             raise UnknownNameError(f"{system.name} has no variant {name!r}", hint=did_you_mean(name, system.variants))
     return resolve(layers, partial(_mistakes, system))
+
+
+def _qualified(system: System, assignments: Sequence[str]) -> list[str]:
+    """Put ``options.`` before the system's own options; a key of the recipe keeps its meaning."""
+    own = {name for variant in system.variants.values() for name in variant.options} - set(Recipe.model_fields)
+    return [f"options.{text}" if text.partition("=")[0].strip() in own else text for text in assignments]
 
 
 def _mistakes(system: System, merged: Mapping[str, Any]) -> Iterator[Mistake]:

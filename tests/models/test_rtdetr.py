@@ -238,6 +238,17 @@ def test_positions_agree_on_squares_and_differ_elsewhere():
     assert not torch.allclose(position_table(15, 20, 256, "official"), position_table(15, 20, 256, "huggingface"))
 
 
+def test_options_of_the_detections_can_be_set_by_their_name():
+    recipe = resolve_recipe("rtdetr", {"variant": ("", "tiny")}, ["top_k=5", "score_threshold=0.5", "batch=2"])
+    assert dict(recipe.options) == {"top_k": 5, "score_threshold": 0.5}
+    assert recipe.batch.opt == 2
+    labels, boxes, scores = load_model(SYSTEM, recipe, Target.ONNXRUNTIME).deploy(
+        torch.rand(2, 3, 640, 640), torch.tensor([[640, 480], [480, 640]])
+    )
+    assert labels.shape == scores.shape == (2, 5)
+    assert boxes.shape == (2, 5, 4)
+
+
 def test_bad_input_is_refused_with_what_was_expected(tmp_path):
     with pytest.raises(SizeError, match="multiples of 32"):
         recipe_of("tiny", "600x640")

@@ -193,6 +193,19 @@ def interface(options: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def keep_fp32(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what stays float32 in a 16-bit graph: the scores that select queries, and the boxes from head to head.
+
+    Rounded scores select other queries; float16 steps by 5e-4 near 1, which is 0.3 pixels of 640.
+    """
+    return (
+        r"^decoder\.selection\.(norm|score_head|bbox_head)\b",
+        r"^decoder\.selection/(Add|Gather)",
+        r"^decoder\.bbox_head\.",
+        r"^decoder/",
+    )
+
+
 def original_sizes(images: NDArray[np.float32]) -> NDArray[np.int64]:
     """Make up original sizes (width, height) of images [n,3,H,W]: no two of a batch alike, none square."""
     count, _, height, width = images.shape
@@ -302,6 +315,7 @@ SYSTEM = System(
     inputs=(_IMAGES, TensorSpec(name="orig_target_sizes", dtype="int64", shape=("batch", 2))),
     outputs=("labels", "boxes", "scores"),
     adapt=adapt,
+    keep_fp32=keep_fp32,
     feeds={"orig_target_sizes": original_sizes},
     interface=interface,
     flags=(
