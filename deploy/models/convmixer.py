@@ -1,0 +1,189 @@
+"""ConvMixer: patches mixed by convolutions alone (Trockman and Kolter, 2022, arXiv 2201.09792).
+
+Written from the paper; the module names are timm's (``timm/models/convmixer.py``). Nothing but the stem changes the
+resolution:
+
+    stem       x = norm(act(patches(x)))
+    block      x = x + norm(act(depthwise(x)));   x = norm(act(pointwise(x)))
+    logits     head(mean over positions of x)
+
+The batch norm comes AFTER the activation, so no convolution before it can take it. What folds forwards:
+
+* the last norm goes into the head, exactly: a mean over positions commutes with a gain and a shift per channel.
+* the norm after the depthwise convolution could go into the pointwise one, if the residual stream were rescaled by
+  its gain. That is exact where no gain is 0, brings no speed-up on ONNX Runtime (1.00 and 0.98 times) and saves
+  TensorRT no kernel (63 and 63): left.
+* the norm before a depthwise convolution cannot go: the padding of zeros comes after its shift, so at the border the
+  shift is no constant of the channel. Left.
+* written as Mul and Add, the norms that are left cost ONNX Runtime 8 to 17 %: it runs BatchNormalization inside its
+  blocked layout. TensorRT fuses activation, norm and residual into the convolution's kernel either way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deploy.errors import RecipeError, did_you_mean
+from deploy.models.base import Form, System, Variant
+from deploy.models.checkpoint import WeightMap
+from deploy.records import Target
+
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class Residual(nn.Module):
+    """``x + fn(x)``, [N,C,H,W] to the same."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the branch and add its input."""
+        return self.fn(x) + x
+
+
+def mix(convolution: nn.Conv2d, activation: str) -> list[nn.Module]:
+    """Return a convolution, its activation and the batch norm after it."""
+    return [convolution, ACTIVATIONS[activation](), nn.BatchNorm2d(convolution.out_channels)]
+
+
+def block(dim: int, kernel: int, activation: str) -> nn.Sequential:
+    """Return a block [N,C,H,W] to the same: positions first, then channels."""
+    depthwise = nn.Conv2d(dim, dim, kernel, groups=dim, padding=kernel // 2)
+    return nn.Sequential(Residual(nn.Sequential(*mix(depthwise, activation))), *mix(nn.Conv2d(dim, dim, 1), activation))
+
+
+class ConvMixer(nn.Module):
+    """The classifier: ``images`` [N,3,H,W] to ``logits`` [N,classes]."""
+
+    def __init__(self, stem: nn.Module, blocks: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = stem, blocks, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify."""
+        return self.head(self.blocks(self.stem(images)).mean((2, 3)))
+
+
+def build(options: Mapping[str, Any], size: tuple[int, int], layout: str) -> nn.Module:
+    """Build ConvMixer; any ``size`` fits the weights.
+
+    Raises:
+        RecipeError: an unknown activation, or a depthwise kernel without a centre.
+    """
+    activation, dim, kernel, patch = (options[name] for name in ("activation", "dim", "kernel", "patch"))
+    if activation not in ACTIVATIONS:
+        raise RecipeError(
+            f"options.activation: got {activation!r}, expected {' or '.join(ACTIVATIONS)}",
+            hint=did_you_mean(str(activation), ACTIVATIONS),
+        )
+    if kernel % 2 == 0:
+        raise RecipeError(
+            f"options.kernel: got {kernel}, expected an odd number", hint=f"--set options.kernel={kernel + 1}"
+        )
+    stem = nn.Sequential(*mix(nn.Conv2d(3, dim, patch, stride=patch), activation))
+    blocks = nn.Sequential(*(block(dim, kernel, activation) for _ in range(options["depth"])))
+    return ConvMixer(stem, blocks, nn.Linear(dim, options["classes"])).eval()
+
+
+def to_deploy(model: nn.Module, target: Target) -> nn.Module:
+    """Return the copy without its last norm, in the dtype of ``model``; ``model`` stays untouched.
+
+    Stem and all but the last block are shared with ``model``.
+    """
+    source = cast(ConvMixer, model)
+    *earlier, last = cast(list[nn.Sequential], list(cast(nn.Sequential, source.blocks)))
+    with torch.no_grad():
+        head = _head_behind(cast(nn.BatchNorm2d, last[-1]), source.head)
+    return ConvMixer(source.stem, nn.Sequential(*earlier, last[:-1]), head)
+
+
+def _head_behind(norm: nn.BatchNorm2d, head: nn.Linear) -> nn.Linear:
+    """Return the head with the norm before it folded in."""
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    gain = norm.weight / torch.sqrt(variance + norm.eps)
+    folded = nn.Linear(head.in_features, head.out_features)
+    folded.weight = nn.Parameter((head.weight * gain).detach().clone(), requires_grad=False)
+    shifted = head.bias + head.weight @ (norm.bias - mean * gain)
+    folded.bias = nn.Parameter(shifted.detach().clone(), requires_grad=False)
+    return folded
+
+
+_STEM = {"0": "stem.0", "2": "stem.2"}
+_BLOCK = re.compile(r"^(\d+)\.((?:0\.fn\.[02]|[13])\..+)$")
+_OUTER = re.compile(r"^(\d+)\.([a-z_]+)$")
+
+
+def from_release(key: str) -> str:
+    """Map a key of the authors' code, one flat Sequential, to ours: 0 and 2 the stem, 3 and on the blocks, the head."""
+    if match := _BLOCK.match(key):
+        return f"blocks.{int(match[1]) - 3}.{match[2]}"
+    if match := _OUTER.match(key):
+        return f"{_STEM.get(match[1], 'head')}.{match[2]}"
+    return key
+
+
+def from_openmmlab(key: str) -> str:
+    """Map an OpenMMLab key, with or without ``backbone.`` and ``head.fc``, to ours."""
+    key = key.removeprefix("backbone.")
+    return re.sub(r"^stages\.", "blocks.", key).replace("head.fc.", "head.")
+
+
+def to_openmmlab(key: str) -> str:
+    """Map our key to OpenMMLab's: the inverse of ``from_openmmlab``."""
+    if key.startswith("head."):
+        return key.replace("head.", "head.fc.")
+    return re.sub(r"^(?:backbone\.)?blocks\.", "backbone.stages.", re.sub(r"^stem\.", "backbone.stem.", key))
+
+
+def from_timm(key: str) -> str:
+    """Return the key: the module names are timm's."""
+    return key
+
+
+def _variant(dim: int, depth: int, kernel: int, patch: int, activation: str, summary: str) -> Variant:
+    options = {"dim": dim, "depth": depth, "kernel": kernel, "patch": patch, "activation": activation}
+    return Variant(options=options, summary=summary)
+
+
+SYSTEM = System(
+    name="convmixer",
+    task="classification",
+    paper="Patches Are All You Need?, TMLR 2023, arXiv 2201.09792",
+    variants={
+        "1536_20": _variant(1536, 20, 9, 7, "gelu", "OpenMMLab: 81.37 % top-1"),
+        "1024_20": _variant(1024, 20, 9, 14, "gelu", "OpenMMLab: 76.94 % top-1"),
+        "768_32": _variant(
+            768, 32, 7, 7, "relu", "OpenMMLab: 80.16 % top-1; ReLU, as all released weights of this size"
+        ),
+        "768_32_gelu": _variant(768, 32, 7, 7, "gelu", "as the authors' code defines it; no released weights"),
+        "tiny": _variant(16, 2, 3, 32, "gelu", "for tests"),
+    },
+    build=build,
+    weight_maps=(
+        WeightMap(name="timm", layout="training", rename=from_timm, inverse=from_timm),
+        # No inverse: the head's number is the depth plus 5, and a key alone does not tell the depth.
+        WeightMap(name="authors' Sequential", layout="training", rename=from_release),
+        WeightMap(name="OpenMMLab", layout="training", rename=from_openmmlab, inverse=to_openmmlab),
+    ),
+    to_deploy=to_deploy,
+    forms={
+        Target.ONNXRUNTIME: Form(
+            name="last batch norm in the head, the others left after their activations",
+            reason="as Mul and Add they cost 8 to 17 %; the one before a depthwise convolution cannot fold (zero "
+            "padding), the one after it could, for 0.98 to 1.00 times the speed",
+        ),
+        Target.TENSORRT: Form(
+            name="last batch norm in the head, the others left after their activations",
+            reason="fused into the convolutions' kernels: 63 kernels of 1024/20 in FP16, with or without further folds",
+        ),
+    },
+    recipe={"system": "convmixer", "variant": "1024_20", "size": 224},
+    stride="patch",
+)

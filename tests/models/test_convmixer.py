@@ -1,0 +1,159 @@
+"""ConvMixer against the official implementations' outputs, and the one fold that it has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import effdeploy, reference_case
+
+from deploy.artifacts import read_manifest
+from deploy.backends.base import BuildOptions
+from deploy.backends.onnxruntime import open_model
+from deploy.errors import CheckpointError, RecipeError, SizeError
+from deploy.graph.pipeline import run_passes
+from deploy.models import find_system
+from deploy.models.base import count_macs, empty_state, load_model
+from deploy.models.convmixer import from_openmmlab, from_release, to_openmmlab
+from deploy.records import Batch, Target
+from deploy.resolve import resolve_recipe
+from deploy.trace import TraceRequest, onnx_from_torch
+
+SYSTEM = find_system("convmixer")
+CIFAR = {
+    "variant": "1024_20", "size": 32, "classes": 10,
+    "options.dim": 256, "options.depth": 8, "options.kernel": 5, "options.patch": 2,
+}  # fmt: skip
+CASES = {
+    "convmixer_256_8_k5_p2_cifar_official": (CIFAR, "authors' Sequential"),
+    "convmixer_768_32_timm": ({"variant": "768_32"}, "timm"),
+    "convmixer_768_32_k7_p7_official": ({"variant": "768_32_gelu"}, "authors' Sequential"),
+    "convmixer_768_32_mmpretrain": ({"variant": "768_32_gelu"}, "OpenMMLab"),
+}
+LIMIT = 1e-4  # of the largest logit
+
+
+def load(asked, target=Target.ONNXRUNTIME):
+    return load_model(SYSTEM, resolve_recipe("convmixer", {key: ("", value) for key, value in asked.items()}), target)
+
+
+SLOW = [pytest.param(name, marks=[pytest.mark.slow] * ("768" in name)) for name in CASES]
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_pytorch_forms_and_the_graph_meet_the_official_logits(name, tmp_path):
+    case, (asked, layout) = reference_case(name), CASES[name]
+    loaded = load({**asked, "weights": str(case.save(tmp_path / "official.pth"))})
+    assert loaded.record.weights.layout == layout
+    scale = abs(case.logits).max()
+    with torch.inference_mode():
+        for module in (loaded.reference, loaded.deploy):
+            assert abs(module(torch.from_numpy(case.images)).numpy() - case.logits).max() <= LIMIT * scale
+    request = TraceRequest(inputs=loaded.inputs, outputs=("logits",), batch=Batch.parse(2), opset=20)
+    traced = onnx_from_torch(loaded.deploy, request, tmp_path)
+    graph = tmp_path / run_passes(tmp_path / traced.artifact.name, Target.ONNXRUNTIME, tmp_path).artifact.name
+    with open_model(graph, BuildOptions(threads=1)) as runner:
+        got = runner.infer({"images": case.images})["logits"]
+    assert abs(got - case.logits).max() <= LIMIT * scale
+
+
+def test_the_other_activation_is_another_function(tmp_path):
+    name = "convmixer_256_8_k5_p2_cifar_official"
+    case = reference_case(name)
+    loaded = load({**CIFAR, "options.activation": "relu", "weights": str(case.save(tmp_path / "official.pth"))})
+    got = loaded.run({"images": case.images})["logits"]
+    assert abs(got - case.logits).max() > 0.1 * abs(case.logits).max()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_command_line_meets_the_official_logits(precision, tmp_path):
+    case = reference_case("convmixer_256_8_k5_p2_cifar_official")
+    path, out = case.save(tmp_path / "official.pth", meta={"epoch": 1}), tmp_path / "bundle"
+    options = [f"--set={key}={value}" for key, value in CIFAR.items() if key.startswith("options.")]
+    result = effdeploy(
+        "export", "convmixer", "--variant", "1024_20", "--weights", path, "--size", 32, "--set", "classes=10", *options,
+        "--batch", 2, f"--{precision}", "--until", "parity", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stdout + result.stderr
+    run = read_manifest(out)
+    with open_model(out / run.engines[0].artifact.name, BuildOptions(threads=1)) as runner:
+        got = runner.infer({"images": case.images})["logits"]
+    assert (got.argmax(1) == case.logits.argmax(1)).all()
+    tolerance = LIMIT if precision == "fp32" else run.parity.tolerances["fp16"].max_relative
+    assert abs(got - case.logits).max() <= tolerance * abs(case.logits).max()
+    assert all(c.top1 == 1.0 for c in run.parity.comparisons)
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_rtx_builds_for_ampere_and_ada(precision, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "bundle"
+    result = effdeploy(
+        "export", "convmixer", "--variant", "tiny", f"--{precision}", "--backend", "tensorrt_rtx", "--sm", "80,89",
+        "--until", "engine", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stdout + result.stderr
+    assert len(read_manifest(out).engines) == 2
+
+
+# Parameters and multiply-adds of OpenMMLab's metafile (configs/convmixer/metafile.yml).
+OFFICIAL = {"768_32": (21110248, 19623051264), "1024_20": (24383464, 5550112768), "1536_20": (51625960, 48713170944)}
+
+
+@pytest.mark.parametrize("variant", OFFICIAL)
+def test_parameters_and_macs_are_the_published_ones(variant):
+    options = {**SYSTEM.variants[variant].options, "classes": 1000}
+    state = empty_state(SYSTEM, options, (224, 224), "training")
+    parameters, macs = OFFICIAL[variant]
+    learned = [t for key, t in state.items() if "running" not in key and "num_batches" not in key]
+    assert sum(t.numel() for t in learned) == parameters
+    # Theirs adds norms and misses the depthwise convolutions: its counter does not know padding="same".
+    dim, depth, kernel, patch = (options[name] for name in ("dim", "depth", "kernel", "patch"))
+    depthwise = depth * dim * kernel**2 * (224 // patch) ** 2
+    assert count_macs(SYSTEM, options, (224, 224)) - depthwise == pytest.approx(macs, rel=0.01)
+
+
+def test_only_the_last_norm_folds_and_a_wrong_fold_shows():
+    loaded = load({"variant": "tiny"})
+    norms = [
+        sum(isinstance(m, torch.nn.BatchNorm2d) for m in form.modules()) for form in (loaded.reference, loaded.deploy)
+    ]
+    assert norms == [5, 4]
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, got = loaded.reference(images), loaded.deploy(images)
+        assert abs(got - expected).max() <= 1e-5 * abs(expected).max()
+        loaded.deploy.head.weight *= 1.001  # negative control
+        assert abs(loaded.deploy(images) - expected).max() > 1e-5 * abs(expected).max()
+
+
+def test_keys_of_every_layout():
+    pairs = {
+        "0.weight": "stem.0.weight", "2.running_var": "stem.2.running_var", "3.0.fn.0.bias": "blocks.0.0.fn.0.bias",
+        "12.3.weight": "blocks.9.3.weight", "4.1.weight": "blocks.1.1.weight", "25.bias": "head.bias",
+    }  # fmt: skip
+    assert {key: from_release(key) for key in pairs} == pairs
+    ours = ["stem.0.weight", "blocks.3.0.fn.2.bias", "head.weight"]
+    theirs = ["backbone.stem.0.weight", "backbone.stages.3.0.fn.2.bias", "head.fc.weight"]
+    assert [to_openmmlab(key) for key in ours] == theirs
+    assert [from_openmmlab(key) for key in theirs] == ours
+
+
+def test_a_missing_key_is_refused(tmp_path):
+    case = reference_case("convmixer_256_8_k5_p2_cifar_official")
+    del case.state["5.3.weight"]
+    with pytest.raises(CheckpointError, match=r"missing.*\n.*blocks\.2\.3\.weight"):
+        load({**CIFAR, "weights": str(case.save(tmp_path / "short.pth"))})
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "text"),
+    [
+        ({"options.activation": "gleu"}, RecipeError, "gelu or relu"),
+        ({"options.kernel": 4}, RecipeError, "odd number"),
+        ({"size": 100}, SizeError, "multiples of 32"),
+    ],
+)
+def test_what_cannot_be_is_refused(asked, error, text):
+    with pytest.raises(error, match=text):
+        load({"variant": "tiny", **asked})
