@@ -36,7 +36,7 @@ class SystemCommand(typer.core.TyperCommand):
             name, equals, value = word.partition("=")
             if name in flags:
                 value = value if equals else next(words, "")
-                if not value:
+                if not value or (value.startswith("--") and not equals):
                     ctx.fail(f"Option '{name}' requires an argument.")
                 yield from ("--set", f"{flags[name].key}={value}")
                 continue

@@ -18,6 +18,7 @@ shapes and no scatter (``MERGES``).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -96,14 +97,20 @@ def _listed(schedule: Sequence[Any], depth: int) -> tuple[int, ...]:
 
 
 def _aligned(tokens: int, total: int, depth: int, protected: int) -> tuple[int, ...]:
-    """Merge ``total`` tokens so that the counts between are multiples of ``MULTIPLE``, near the even schedule."""
-    schedule, left = [], tokens
-    for block in range(1, depth + 1):
-        even = tokens - total * block / depth
-        want = tokens - total if block == depth else max(tokens - total, MULTIPLE * round(even / MULTIPLE))
-        schedule.append(max(0, min(left - want, (left - protected) // 2)))
-        left -= schedule[-1]
-    return tuple(schedule)
+    """Merge ``total`` tokens so that the counts between are multiples of ``MULTIPLE``, near the even schedule.
+
+    A block can at most halve what is not protected, so from the end backwards each count has an upper limit.
+    """
+    last = tokens - total
+    limits = [last]
+    while len(limits) < depth:
+        limits.append(max(last, MULTIPLE * ((2 * limits[-1] - protected) // MULTIPLE)))
+    counts = [tokens]
+    for block, limit in enumerate(reversed(limits), 1):
+        near = MULTIPLE * round((tokens - total * block / depth) / MULTIPLE)
+        want = max(last, min(near, limit))
+        counts.append(max(min(want, counts[-1]), counts[-1] - (counts[-1] - protected) // 2))
+    return tuple(before - after for before, after in itertools.pairwise(counts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,7 +226,7 @@ class FewRowPlan(nn.Module):
         self.sides, self.r, self.kept = sides, r, sides.proposers - r
 
     def forward(self, keys: Tensor) -> Plan:
-        """Read keys [N,T,heads,d]; return the places of the rows that stay before B, of those merged away, and receivers.
+        """Read keys [N,T,heads,d]; return the places of rows that stay before B, of those merged away, and receivers.
 
         All int64, [N,protected + kept], [N,r] and [N,r].
         """
@@ -362,10 +369,17 @@ class DeployToMe(nn.Module):
         blocks = cast(list[vit.Block], list(model.blocks))
         self.embed, self.head = vit.DeployEmbed(model), vit.DeployHead(model)
         self.prop_attn, self.groups = model.prop_attn, model.groups
-        schedule, sides = model.schedule, model.sides()
-        self.blocks = nn.ModuleList(vit.DeployBlock(block) for block in blocks)
+        schedule, sides = list(model.schedule), model.sides()
+        # The head of a class token reads one row: on a CPU the last block computes only that one, and merges nothing.
+        # TensorRT's fused attention is one kernel either way.
+        queries = self.head.reads if target is Target.ONNXRUNTIME and not model.groups else 0
+        if queries:
+            schedule[-1] = 0
+        self.blocks = nn.ModuleList(vit.DeployBlock(block) for block in blocks[:-1])
+        self.blocks.append(vit.DeployBlock(blocks[-1], queries))
         self.merges = nn.ModuleList(
-            MERGES[target](side, r, model.pos_embed.dtype) if r else nn.Identity() for side, r in zip(sides, schedule, strict=True)
+            MERGES[target](side, r, model.pos_embed.dtype) if r else nn.Identity()
+            for side, r in zip(sides, schedule, strict=True)
         )
 
     def forward(self, images: Tensor) -> Any:
@@ -380,7 +394,9 @@ class DeployToMe(nn.Module):
             x, keys = block.attend(x, bias)
             if not isinstance(merging, nn.Identity):
                 x, size, plan = merging(x, size, keys, row)
-                group = cast("FewRowMerge | MatrixMerge", merging).places(plan).gather(1, group) if self.groups else group
+                group = (
+                    cast("FewRowMerge | MatrixMerge", merging).places(plan).gather(1, group) if self.groups else group
+                )
             x = block.feed(x)
             groups.append(group)
         logits = self.head(x, size)
@@ -420,8 +436,7 @@ def _variant(name: str, architecture: Mapping[str, Any]) -> Variant:
 
 
 _MERGING = {"r": 0, "schedule": "constant", "prop_attn": True, "groups": False}
-_TINY = {**vit.options_of(32, 8, depth=4, heads=2), **_MERGING, "r": 6}
-_FORM = Form(name="few rows", reason="not measured yet")
+_TINY = {**vit.options_of(32, 32, depth=4, heads=2), **_MERGING, "r": 6}
 
 SYSTEM = System(
     name="tome",
@@ -434,7 +449,18 @@ SYSTEM = System(
     build=build,
     weight_maps=vit.WEIGHT_MAPS,
     to_deploy=to_deploy,
-    forms={Target.ONNXRUNTIME: _FORM, Target.TENSORRT: _FORM},
+    forms={
+        Target.ONNXRUNTIME: Form(
+            name="kept rows gathered, merged rows by a one-hot product; the last block for the class token alone",
+            reason="a product with the whole merge matrix costs as many multiply-adds as attention "
+            "(benchmarks/tome.py)",
+        ),
+        Target.TENSORRT: Form(
+            name="places by counting, merged by one matrix product",
+            reason="6 kernels per merging block in FP16 builds for SM89, and attention stays one kernel a block "
+            "(TensorRT-RTX build log, benchmarks/tome.py)",
+        ),
+    },
     recipe={"system": "tome", "variant": "deit_small_patch16_224", "size": 224},
     stride="patch",
     adapt=vit.adapt,
