@@ -131,6 +131,9 @@ class ParitySection(_Section):
     images: Path | None = Field(None, description="folder of real photos, added to the deterministic pack")
     max_images: int = Field(32, ge=1, description="at most this many photos")
     seed: int = Field(0, ge=0)
+    max_drift: float | None = Field(
+        None, gt=0, lt=1, description="max|deploy form - training form| / max|training form|; absent: not judged"
+    )
     tolerances: Mapping[Precision, ToleranceSection] = Field(default_factory=dict)
 
 

@@ -21,7 +21,7 @@ from deploy.graph.pipeline import run_passes
 from deploy.models import find_system
 from deploy.models.base import Loaded, System, load_model, measure_drift, resolve_options, specialised
 from deploy.parity.batch import check_batches, with_batches
-from deploy.parity.compare import check_parity
+from deploy.parity.compare import check_parity, with_drift
 from deploy.parity.inputs import InputPack
 from deploy.parity.metrics import furthest
 from deploy.precision.convert import convert_precision
@@ -142,7 +142,11 @@ class Work:
         parity = check_parity(self.loaded.run, candidates, self.inputs, limits, task=task)
         shipped = batch_candidates(candidates, every=False)
         batches = check_batches(shipped, self.inputs, self.recipe.batch, limits, task=task)
-        return with_batches(parity, batches), measure_drift(self.loaded, partial(furthest, self.system.task))
+        approximate = self.loaded.approximate
+        sample = self.sample() if approximate else None
+        drift = measure_drift(self.loaded, partial(furthest, task), sample)
+        parity = with_drift(parity, drift, self.recipe.parity.max_drift, approximate=approximate)
+        return with_batches(parity, batches), drift
 
     def time(self, engines: Sequence[EngineRecord]) -> BenchRecord | None:
         """Time the engines against the baselines; ``None`` where no engine can run here."""

@@ -79,6 +79,10 @@ def _none(options: Options) -> tuple[str, ...]:
     return ()
 
 
+def _exact(options: Options) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class System:
     """A model family on the road.
@@ -103,6 +107,9 @@ class System:
         adapt: ``(state, options, size) -> state``: brings a checkpoint's tensors, in our keys, to what a model of these
             options and size has (a position embedding of another size), and drops what inference computes itself or
             never reads; what it cannot adapt it returns unchanged.
+        approximate: ``options -> whether the deploy form leaves out something of the training form that matters``.
+            Parity then compares with the deploy form in PyTorch, and what it leaves out is measured over the sample
+            images and held to the recipe's ``parity.max_drift``. Everything else must be exact up to rounding.
         keep_fp32: ``options -> regular expressions`` on node names that stay float32 in every reduced precision.
         flags: Options that the command line offers by a name of their own.
         feeds: Makers of the inputs other than ``images`` for parity: images float32 [n,3,H,W] to an array of n rows.
@@ -127,6 +134,7 @@ class System:
     outputs: tuple[str, ...] = ("logits",)
     extra_outputs: Callable[[Options], tuple[str, ...]] = _none
     adapt: Callable[[State, Options, Size], State] = _unchanged
+    approximate: Callable[[Options], bool] = _exact
     keep_fp32: Callable[[Options], tuple[str, ...]] = _none
     flags: tuple[Flag, ...] = ()
     feeds: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.generic]]] = field(default_factory=dict)
@@ -137,7 +145,8 @@ class System:
 class Loaded:
     """A loaded model: the float32 reference as in the checkpoint, and the deploy form that is exported.
 
-    ``outputs`` are the graph's: those that parity judges, and the options' extra ones.
+    ``outputs`` are the graph's: those that parity judges, and the options' extra ones. ``approximate``: the deploy form
+    is not the reference's function (``System.approximate``).
     """
 
     system: System
@@ -147,10 +156,14 @@ class Loaded:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     record: ModelRecord
+    approximate: bool = False
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[np.generic]]:
-        """Run the float32 PyTorch reference (training form) on host arrays; returns the outputs that are judged."""
-        found = run_module(self.reference, feeds, self.outputs)
+        """Run what parity compares with, in float32 on host arrays; returns the outputs that are judged.
+
+        The training form, or the deploy form where that is approximate.
+        """
+        found = run_module(self.deploy if self.approximate else self.reference, feeds, self.outputs)
         return {name: found[name] for name in self.system.outputs}
 
 
@@ -209,6 +222,7 @@ def load_model(system: System, recipe: Recipe, target: Target, console: Console 
         inputs=inputs,
         outputs=(*system.outputs, *system.extra_outputs(options)),
         record=record,
+        approximate=system.approximate(options),
     )
 
 
@@ -308,17 +322,18 @@ def _macs_of_options(system: System, recipe: Recipe, options: Options) -> int:
         ) from error
 
 
-def measure_drift(loaded: Loaded, apart: Apart) -> Drift:
+def measure_drift(loaded: Loaded, apart: Apart, feeds: Arrays | None = None) -> Drift:
     """Compare the deploy form with the training form in float32 and, re-parameterised again, in float64.
 
     Args:
         loaded: Both forms.
         apart: ``(reference, candidate)``, outputs by name, to their largest difference, absolute and relative.
+        feeds: What to compare them on, in input order; noise when left out, which is enough for exact algebra.
 
     Raises:
         TraceError: the model's outputs are all zero.
     """
-    images = example_inputs(loaded.inputs, 1)
+    images = tuple(torch.tensor(a) for a in feeds.values()) if feeds else example_inputs(loaded.inputs, 1)
     doubled = tuple(t.double() if t.is_floating_point() else t for t in images)
     precise = copy.deepcopy(loaded.reference).double()
     precise_deploy = loaded.system.to_deploy(precise, loaded.target).eval()

@@ -1,11 +1,13 @@
 """Every stage against the float32 PyTorch model, on the same inputs.
 
-The reference is always the model as loaded from the checkpoint (training form), never the previous stage: small errors
-that add up over the stages stay visible. Running and pairing is polygraphy's ``Comparator``; what is measured is ours.
+The reference is always one model, the checkpoint's training form (its deploy form where that is another function on
+purpose: ``with_drift``), never the previous stage: small errors that add up over the stages stay visible. Running and
+pairing is polygraphy's ``Comparator``; what is measured is ours.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from deploy.backends.base import Array, Feeds, Runner
 from deploy.errors import ParityError, RecipeError, UnknownNameError, did_you_mean
 from deploy.parity.inputs import InputPack
 from deploy.parity.metrics import TASKS, Rows, concatenate, judge, near_ties, pool, usage
-from deploy.records import Comparison, ParityRecord, Precision, Tolerance
+from deploy.records import Comparison, Drift, ParityRecord, Precision, Tolerance
 
 Infer = Callable[[Feeds], Mapping[str, Array]]
 
@@ -93,6 +95,28 @@ def check_parity(
         notes=tuple(notes),
         seconds=time.perf_counter() - start,
     )
+
+
+def with_drift(parity: ParityRecord, drift: Drift, limit: float | None, *, approximate: bool) -> ParityRecord:
+    """Judge how far the deploy form is from the training form, and say so where parity did not compare with the latter.
+
+    Args:
+        parity: The verdict so far.
+        drift: As measured.
+        limit: Of ``drift.fp32_relative``; ``None``: not judged.
+        approximate: Whether parity compared with the deploy form, because it is another function on purpose.
+    """
+    told = f"the deploy form is off from the training form by {drift.fp32_relative:.2g} of the largest output"
+    held = "no limit was asked" if limit is None else f"parity.max_drift allows {limit:.2g}"
+    if limit is not None and not drift.fp32_relative <= limit:  # NaN is no agreement
+        enough = f"{1.5 * drift.fp32_relative:.2g}" if drift.fp32_relative < 0.5 else "null"
+        wider = f"--set parity.max_drift={enough} takes it"
+        verdict = f"{told}; {held}; {wider}" if parity.ok else f"{parity.verdict}; and {told}; {held}"
+        return dataclasses.replace(parity, ok=False, verdict=verdict)
+    if not approximate:
+        return parity
+    note = f"{told} ({held}); every other comparison is with the deploy form in PyTorch"
+    return dataclasses.replace(parity, notes=(*parity.notes, note))
 
 
 def _require_limits(precision: Precision, tolerances: Mapping[str, Tolerance]) -> None:
