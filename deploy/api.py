@@ -470,10 +470,10 @@ def systems(*, console: Console | None = None) -> tuple[SystemRecord, ...]:
         console: Where the tables go; nowhere when left out.
 
     Returns:
-        A record per system, with one per variant; the figures are computed from the models themselves.
+        A record per system, with one per variant; the figures come with the package (``python -m deploy.catalogue``).
 
     Raises:
-        RecipeError: A shipped recipe cannot be read.
+        BundleError: The installed figures are damaged.
     """
     from deploy.catalogue import catalogue, show
 
