@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import typer
 import typer.core
 
 from deploy.errors import EffdeployError
@@ -68,7 +69,7 @@ def _named_system(args: list[str]) -> str:
     return next((word for word in args if word in SYSTEMS or word.endswith((".yaml", ".yml"))), "")
 
 
-def _flags(ctx: Any, system: str) -> Mapping[str, Flag]:
+def _flags(ctx: typer.Context, system: str) -> Mapping[str, Flag]:
     if not system:
         return {}
     from deploy.resolve import flags_of
