@@ -71,6 +71,10 @@ def _unchanged(state: State, options: Options, size: Size) -> State:
     return state
 
 
+def _as_drawn(state: State) -> State:
+    return state
+
+
 def _as_declared(options: Options) -> Mapping[str, Any]:
     return {}
 
@@ -107,6 +111,8 @@ class System:
         adapt: ``(state, options, size) -> state``: brings a checkpoint's tensors, in our keys, to what a model of these
             options and size has (a position embedding of another size), and drops what inference computes itself or
             never reads; what it cannot adapt it returns unchanged.
+        random: ``state -> state``: makes random weights sensible where names and shapes do not say enough, without
+            changing its input.
         approximate: ``options -> whether the deploy form leaves out something of the training form that matters``.
             Parity then compares with the deploy form in PyTorch, and what it leaves out is measured over the sample
             images and held to the recipe's ``parity.max_drift``. Everything else must be exact up to rounding.
@@ -134,6 +140,7 @@ class System:
     outputs: tuple[str, ...] = ("logits",)
     extra_outputs: Callable[[Options], tuple[str, ...]] = _none
     adapt: Callable[[State, Options, Size], State] = _unchanged
+    random: Callable[[State], State] = _as_drawn
     approximate: Callable[[Options], bool] = _exact
     keep_fp32: Callable[[Options], tuple[str, ...]] = _none
     flags: tuple[Flag, ...] = ()
@@ -388,7 +395,8 @@ def _with_weights(
 
 def _random_model(system: System, recipe: Recipe, options: Options, source: Source) -> tuple[nn.Module, WeightsSource]:
     model = build_uninitialised(system, options, recipe.size, system.weight_maps[0].layout)
-    model.load_state_dict(random_state(model.state_dict(), source.seed), strict=True, assign=True)
+    state = system.random(random_state(model.state_dict(), source.seed))
+    model.load_state_dict(state, strict=True, assign=True)
     statement = f"weights: random (seed {source.seed}): latency and numerics only, not accuracy"
     record = WeightsSource(kind="random", statement=statement, seed=source.seed)
     return model.eval().requires_grad_(False), record
