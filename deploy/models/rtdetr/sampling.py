@@ -1,7 +1,8 @@
 """Multi-scale sampling: values of the maps at points, weighted and summed, in forms that give the same numbers.
 
 Every form takes the maps [N*heads,d,H_l,W_l] (stride 8 first), a grid [N*heads,Q,P,2] of (x, y) in -1..1, whose points
-lie level by level, and weights [N*heads,1,Q,P]; it returns [N*heads,d,Q]. Bilinear, zero outside, pixel centres at half
+lie level by level, and weights [N*heads,1,Q,P]; it returns [N*heads,d,Q]. The bilinear forms take ``None`` for the
+weights of a single point each. Bilinear, zero outside, pixel centres at half
 steps (``align_corners=False``).
 
     grid_sample   one GridSample per level: few nodes, and the fastest on ONNX Runtime
@@ -29,13 +30,13 @@ class GridSampling(nn.Module):
         super().__init__()
         self.points = list(points)
 
-    def forward(self, maps: Sequence[Tensor], grid: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], grid: Tensor, weights: Tensor | None) -> Tensor:
         """Sample, weight and sum."""
         parts = [
             functional.grid_sample(x, level, mode="bilinear", padding_mode="zeros", align_corners=False)
             for x, level in zip(maps, torch.split(grid, self.points, 2), strict=True)
         ]
-        return (torch.cat(parts, 3) * weights).sum(3)
+        return parts[0].squeeze(3) if weights is None else (torch.cat(parts, 3) * weights).sum(3)
 
 
 class GatherSampling(nn.Module):
@@ -71,24 +72,34 @@ class GatherSampling(nn.Module):
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
 
-    def forward(self, maps: Sequence[Tensor], grid: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], grid: Tensor, weights: Tensor | None) -> Tensor:
         """Sample, weight and sum."""
+        index, fraction = self.locate(grid)
+        values = torch.cat([self.bordered(x) for x in maps], 2)
+        taken = gather_columns(values, index).reshape(-1, values.shape[1], grid.shape[1], grid.shape[2] * 4)
+        return (taken * self.bilinear(fraction, weights)).sum(3)
+
+    @staticmethod
+    def bordered(x: Tensor) -> Tensor:
+        """Put the border around a map and flatten it, [n,d,H,W] to [n,d,(H + 3) * (W + 3)]."""
+        return functional.pad(x, (1, 2, 1, 2)).flatten(2)
+
+    def locate(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the corners int64 [n,1,Q * P * 4] in the bordered maps, and where between them the points lie."""
         _, queries, points, _ = grid.shape
         pixel = (grid * self.scale + self.shift).clamp_min(-1.0).minimum(self.far)
         low = pixel.floor()
         corner = low.to(torch.int64).clamp_min(-1).minimum(self.last)  # for NaN alone, whose index would be anything
         index = corner[..., 1] * self.row + corner[..., 0] + self.start
         index = (index[..., None] + self.corners).reshape(-1, 1, queries * points * 4)
-        values = torch.cat([functional.pad(x, (1, 2, 1, 2)).flatten(2) for x in maps], 2)
-        taken = gather_columns(values, index).reshape(-1, values.shape[1], queries, points * 4)
-        return (taken * self.bilinear(pixel - low, weights)).sum(3)
+        return index, pixel - low
 
     @staticmethod
-    def bilinear(fraction: Tensor, weights: Tensor) -> Tensor:
+    def bilinear(fraction: Tensor, weights: Tensor | None) -> Tensor:
         """Return the weights [n,1,Q,4P] of the corners, rows first, times the points' own."""
         x, y = fraction[..., 0], fraction[..., 1]
-        lower = weights[:, 0] * (1 - y)
-        upper = weights[:, 0] * y
+        lower = 1 - y if weights is None else weights[:, 0] * (1 - y)
+        upper = y if weights is None else weights[:, 0] * y
         corners = torch.stack([lower * (1 - x), lower * x, upper * (1 - x), upper * x], 3)
         return corners.reshape(-1, 1, corners.shape[1], corners.shape[2] * 4)
 
