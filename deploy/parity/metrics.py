@@ -121,8 +121,8 @@ def compare_queries(reference: Outputs, candidate: Outputs) -> dict[str, Rows]:
 
 
 def _compare_aligned(align: Align, reference: Outputs, candidate: Outputs) -> dict[str, Rows]:
-    for name, expected in reference.items():
-        _check_shape(name, expected, candidate)
+    for name, value in reference.items():
+        _check_shape(name, value, candidate)
     expected, got = align(reference, candidate)
     return {name: dataclasses.replace(_rows(name, value, got), **_NO_CLASSES) for name, value in expected.items()}
 
