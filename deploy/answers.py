@@ -93,3 +93,75 @@ class ConversionRecord:
     parameters: int
     max_relative: float
     seconds: float
+
+
+@record
+class PanelRecord:
+    """One picture of ``effdeploy show``; ``agreement`` of its run with the other one, 0 to 1."""
+
+    run: str
+    title: str
+    agreement: float | None
+
+
+@record
+class ShowRecord:
+    """A photo with what an engine and PyTorch did with it."""
+
+    bundle: str
+    photo: str
+    file: str
+    what: str
+    panels: tuple[PanelRecord, ...]
+
+
+@record
+class LayerLatency:
+    """What one layer took in one measured engine: ``before`` elements come in, ``taken`` of them do not leave."""
+
+    schedule: str
+    layer: int
+    before: int
+    taken: int
+    milliseconds: float
+
+
+@record
+class TunedSchedule:
+    """A schedule that was built and timed against the one that takes nothing away, and its drift from that one.
+
+    ``drift`` is the relative L2 distance of the outputs over the images, ``top1`` the share with the same best class.
+    """
+
+    name: str
+    schedule: tuple[int, ...]
+    left: int
+    milliseconds: float
+    speedup: float
+    p10: float
+    p90: float
+    drift: float
+    top1: float | None
+    front: bool
+    chosen: bool
+
+
+@record
+class TuneRecord:
+    """What ``effdeploy tune`` found. ``recipe`` is empty where no schedule does what was asked."""
+
+    system: str
+    variant: str
+    what: str
+    batch: int
+    images: int
+    weights: str
+    target_speedup: float | None
+    max_drift: float | None
+    schedules: tuple[TunedSchedule, ...]
+    layers: tuple[LayerLatency, ...]
+    gain: bool  # whether any schedule is faster than none, beyond the noise
+    verdict: str
+    recipe: str
+    plot: str
+    seconds: float

@@ -12,13 +12,14 @@ from deploy import units
 from deploy.artifacts import artifacts_of, open_artifact, read_manifest
 from deploy.backends import load_backend
 from deploy.bench import BenchCandidate, measure
-from deploy.candidates import batch_candidates, bench_candidates, parity_candidates
+from deploy.candidates import batch_candidates, bench_candidates, parity_candidates, prove_decisions
 from deploy.console import Console
 from deploy.errors import BenchmarkError, BundleError, CheckpointError, ParityError
 from deploy.models import find_system
 from deploy.models.base import Loaded, load_model
 from deploy.parity.batch import check_batches, with_batches
 from deploy.parity.compare import check_parity
+from deploy.parity.decisions import with_decisions
 from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
 from deploy.records import Artifact, BenchRecord, RunRecord
 from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
@@ -60,6 +61,8 @@ def verify_bundle(
         candidates = parity_candidates(loaded, recipe, bundle, stage_files(run), run.engines)
         inputs = parity_inputs(loaded.system, recipe)
         parity = check_parity(loaded.run, candidates, inputs, tolerances(recipe), task=loaded.system.task)
+        if decisions := prove_decisions(loaded, recipe, bundle, stage_files(run), inputs):
+            parity = with_decisions(parity, decisions)
         step.note(parity.verdict)
     with console.step("batch") as step:
         files_and_engines = batch_candidates(candidates, every=True)
@@ -111,6 +114,21 @@ def bench_bundles(
         console.warn(warning)
     console.result(record)
     return record
+
+
+def reopened(bundle: Path, console: Console, weights: Path | str | None = None) -> tuple[RunRecord, Recipe, Loaded]:
+    """Read a bundle's manifest and load the PyTorch reference that it was made from.
+
+    Raises:
+        BundleError: the folder is no bundle.
+        CheckpointError: the weights are not those that the bundle was made from.
+    """
+    run = read_manifest(bundle)
+    recipe = _recipe_of(run, {"weights": _weights(run, weights)})
+    with console.step("model") as step:
+        loaded = _reload(run, recipe, console)
+        step.note(loaded.record.weights.statement)
+    return run, recipe, loaded
 
 
 def stage_files(run: RunRecord) -> Mapping[str, Artifact]:

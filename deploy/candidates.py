@@ -29,10 +29,13 @@ from deploy.errors import BenchmarkError
 from deploy.graph.io import load_model, save_model
 from deploy.models import find_system
 from deploy.models.base import Loaded, graph_inputs, run_module, specialised
+from deploy.models.decisions import DecidingModel
 from deploy.parity.compare import Candidate
+from deploy.parity.decisions import DecidingFile, check_decisions
+from deploy.parity.inputs import InputPack
 from deploy.precision.emulate import emulated
 from deploy.recipe import Recipe
-from deploy.records import Artifact, EngineRecord, Precision, TensorSpec
+from deploy.records import Artifact, EngineRecord, ParityRecord, Precision, TensorSpec
 from deploy.trace import bare_export, quiet_torch
 
 DEPLOY_FORM, ENGINE = "deploy form", "engine"  # names of stages
@@ -137,6 +140,30 @@ def batch_candidates(candidates: Sequence[Candidate], *, every: bool) -> list[Ca
     files = [candidate for candidate in candidates if candidate.stage != DEPLOY_FORM]
     engines = [candidate for candidate in files if candidate.stage.startswith(ENGINE)]
     return files if every else engines or files[-1:]
+
+
+def prove_decisions(
+    loaded: Loaded, recipe: Recipe, folder: Path, stages: Mapping[str, Artifact], inputs: InputPack
+) -> ParityRecord | None:
+    """Compare the last stage file with PyTorch's decisions imposed; ``None`` where the network decides nothing.
+
+    A typed file is checked as ONNX Runtime runs it and with every low tensor rounded, as in ``parity_candidates``.
+    """
+    model = DecidingModel(loaded, loaded.system.decisions) if loaded.system.decisions else None
+    if model is None or not model.modules:
+        return None
+    stage, artifact = list(stages.items())[-1]
+    precision = Precision(stage) if stage in set(Precision) else Precision.FP32
+    path = open_artifact(artifact, folder)
+    files = []
+    if precision is not Precision.BF16:
+        files.append(DecidingFile(stage=stage, precision=precision, load=lambda: load_model(path)))
+    if precision is not Precision.FP32:
+        rounded = DecidingFile(stage=f"{stage}, rounded", precision=precision, load=lambda: emulated(load_model(path)))
+        files.append(rounded)
+    traced = load_model(open_artifact(next(iter(stages.values())), folder))
+    on_cpu = dataclasses.replace(build_options(recipe), device="cpu")
+    return check_decisions(model, traced, files, inputs, lambda p: open_model(p, on_cpu), loaded.system.task)
 
 
 def engine_name(engine: EngineRecord, engines: Sequence[EngineRecord]) -> str:

@@ -361,6 +361,26 @@ class BatchRecord:
 
 
 @record
+class DecisionCheck:
+    """What one module of one stage chose, against PyTorch in float32 (``deploy.parity.decisions``).
+
+    ``flips`` and ``margin`` are of the run with PyTorch's choices imposed on every earlier module: choices that differ,
+    and the widest preference of PyTorch's scores for its own. ``same`` is the share of elements that ended in the same
+    place when the stage ran freely: information, not judged.
+    """
+
+    stage: str
+    module: str
+    what: str  # "merges"
+    images: int
+    flips: int
+    margin: float
+    limit: float
+    same: float
+    ok: bool
+
+
+@record
 class ParityRecord:
     """The verdict on every stage. ``ok`` is the verdict of the run."""
 
@@ -372,6 +392,7 @@ class ParityRecord:
     notes: tuple[str, ...]
     seconds: float
     batches: BatchRecord | None = None  # the batch suite; None in bundles that were made before there was one
+    decisions: tuple[DecisionCheck, ...] = ()  # of systems that choose; empty where nothing is chosen
 
 
 @record

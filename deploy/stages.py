@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deploy.backends.base import Backend, Feeds
 from deploy.bench import measure
-from deploy.candidates import batch_candidates, bench_candidates, build_options, parity_candidates
+from deploy.candidates import batch_candidates, bench_candidates, build_options, parity_candidates, prove_decisions
 from deploy.console import Console
 from deploy.errors import CheckpointError
 from deploy.graph.pipeline import run_passes
@@ -22,6 +22,7 @@ from deploy.models import find_system
 from deploy.models.base import Loaded, System, load_model, measure_drift, resolve_options, specialised
 from deploy.parity.batch import check_batches, with_batches
 from deploy.parity.compare import check_parity, with_drift
+from deploy.parity.decisions import with_decisions
 from deploy.parity.inputs import InputPack
 from deploy.parity.metrics import furthest
 from deploy.precision.convert import convert_precision
@@ -140,6 +141,8 @@ class Work:
         candidates = parity_candidates(self.loaded, self.recipe, self.folder, files, engines)
         limits, task = tolerances(self.recipe), self.system.task
         parity = check_parity(self.loaded.run, candidates, self.inputs, limits, task=task)
+        if decisions := prove_decisions(self.loaded, self.recipe, self.folder, files, self.inputs):
+            parity = with_decisions(parity, decisions)
         shipped = batch_candidates(candidates, every=False)
         batches = check_batches(shipped, self.inputs, self.recipe.batch, limits, task=task)
         approximate = self.loaded.approximate

@@ -31,7 +31,10 @@ from deploy.errors import (
     did_you_mean,
 )
 from deploy.models.checkpoint import Checkpoint, State, Template, WeightMap, fit_checkpoint, read_checkpoint
+from deploy.models.decisions import Decisions
+from deploy.models.drawing import Drawing
 from deploy.models.sources import Source, choose_text, fetch, parse_source
+from deploy.models.tuning import Tuning
 from deploy.models.weights import random_state
 from deploy.recipe import Recipe
 from deploy.records import Drift, ModelRecord, Target, TensorSpec, WeightsSource
@@ -119,6 +122,9 @@ class System:
         keep_fp32: ``options -> regular expressions`` on node names that stay float32 in every reduced precision.
         flags: Options that the command line offers by a name of their own.
         feeds: Makers of the inputs other than ``images`` for parity: images float32 [n,3,H,W] to an array of n rows.
+        decisions: What the deploy form chooses where rounding can turn the choice; parity then compares it apart.
+        drawing: What ``effdeploy show`` draws on a photo.
+        tuning: What ``effdeploy tune`` searches.
         interface: ``options -> fields`` of this class that depend on the options: ``inputs``, ``outputs``, ``task``,
             ``feeds``; see ``specialised``.
     """
@@ -145,6 +151,9 @@ class System:
     keep_fp32: Callable[[Options], tuple[str, ...]] = _none
     flags: tuple[Flag, ...] = ()
     feeds: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.generic]]] = field(default_factory=dict)
+    decisions: Decisions | None = None
+    drawing: Drawing | None = None
+    tuning: Tuning | None = None
     interface: Callable[[Options], Mapping[str, Any]] = _as_declared
 
 

@@ -21,6 +21,7 @@ def parity(run: RunRecord) -> Section:
         _tolerance_table(record),
         Details(summary="Error by kind of input", blocks=(_per_input_table(record),)),
     ]
+    blocks += _decision_blocks(record)
     blocks += _batch_blocks(run)
     if record.notes:
         blocks.append(Listing(items=record.notes, tone=QUIET))
@@ -120,6 +121,29 @@ def _per_input_table(record: ParityRecord) -> Table:
             cells(_stage(record, c), *(units.number(c.per_input.get(g)) for g in groups)) for c in record.comparisons
         ),
     )
+
+
+def _decision_blocks(record: ParityRecord) -> list[Block]:
+    """Show what a network that chooses chose otherwise than PyTorch, a row per stage and module."""
+    if not record.decisions:
+        return []
+    columns = ("stage", "module", "verdict", "flips", "widest margin", "limit", "same place, running freely", "images")
+    table = Table(
+        title=f"Decisions ({record.decisions[0].what}): PyTorch's imposed on every earlier module; the share in the "
+        "same place is of a free run and not judged",
+        columns=columns,
+        numeric=frozenset(columns[3:]),
+        rows=tuple(
+            cells(
+                c.stage, c.module, words.verdict(c.ok, "pass" if c.ok else "no near tie"), units.count(c.flips),
+                units.number(c.margin), units.number(c.limit), units.percent(c.same), units.count(c.images),
+            )
+            for c in record.decisions
+        ),
+    )  # fmt: skip
+    if all(c.ok for c in record.decisions):
+        return [Details(summary=f"{len(record.decisions)} checks of decisions", blocks=(table,))]
+    return [table]
 
 
 def _batch_blocks(run: RunRecord) -> list[Block]:

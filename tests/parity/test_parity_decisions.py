@@ -1,0 +1,155 @@
+"""Parity of a network that chooses: flips near a tie are noise, wide ones and wrong indices fail."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from support import effdeploy
+
+from deploy.artifacts import read_manifest
+from deploy.backends.base import BuildOptions
+from deploy.backends.onnxruntime import open_model
+from deploy.graph.io import load_model as load_onnx
+from deploy.models import find_system, merging, tome
+from deploy.models.base import load_model
+from deploy.models.decisions import DecidingModel
+from deploy.parity.decisions import DecidingFile, check_decisions, leaving, with_decisions
+from deploy.precision.emulate import emulated
+from deploy.records import Precision, Target
+from deploy.resolve import parity_inputs, resolve_recipe
+
+SYSTEM = find_system("tome")
+
+
+@pytest.fixture(scope="module", params=list(Target), ids=lambda t: t.value)
+def exported(request, tmp_path_factory):
+    """A tiny bundle in FP16 for each target, through the command line, with its parity."""
+    out = tmp_path_factory.mktemp("bundle") / request.param.value
+    result = effdeploy(
+        "export", "tome", "--variant", "tiny", "--fp16", "--target", request.param.value, "--until", "parity",
+        "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stdout + result.stderr
+    recipe = resolve_recipe("tome", {"variant": ("", "tiny"), "precision": ("", "fp16")})
+    return out, load_model(SYSTEM, recipe, request.param), parity_inputs(SYSTEM, recipe)
+
+
+def checked(exported, spoil, rounded=True):
+    out, loaded, inputs = exported
+    model = DecidingModel(loaded, SYSTEM.decisions)
+
+    def load():
+        graph = load_onnx(out / "30-fp16.onnx")
+        spoil(graph)
+        return emulated(graph) if rounded else graph
+
+    file = DecidingFile(stage="fp16", precision=Precision.FP16, load=load)
+    traced = load_onnx(out / "10-traced.onnx")
+    return check_decisions(model, traced, [file], inputs, lambda path: open_model(path, BuildOptions(threads=1)))
+
+
+def test_an_export_holds_arithmetic_and_decisions_apart(exported):
+    out, loaded, _ = exported
+    parity = read_manifest(out).parity
+    stages = [c.stage for c in parity.comparisons]
+    assert {"fp16, decisions imposed", "fp16, rounded, decisions imposed"} <= set(stages)
+    assert "fp16, decisions imposed" in parity.tolerances
+    modules = [name for name, module in loaded.deploy.named_modules() if name.endswith(".plan")]
+    assert [c.module for c in parity.decisions if c.stage == "fp16, rounded"] == modules
+    assert all(c.ok and c.margin <= c.limit and 0 < c.same <= 1 for c in parity.decisions)
+
+
+def test_the_unspoilt_graph_passes(exported):
+    record = checked(exported, lambda graph: None)
+    assert record.ok
+    assert all(c.limit < 0.01 for c in record.decisions)
+
+
+def test_one_wrong_index_of_a_decision_fails(exported):
+    """Choices that are shifted by one are no near-tie; PyTorch's are imposed on all other modules."""
+    _, loaded, _ = exported
+
+    def spoil(graph):
+        values = leaving(graph, ["merges.1.plan"])["merges.1.plan"]
+        suffix = "GatherElements" if loaded.target is Target.ONNXRUNTIME else "Div_1"  # receivers, or weights
+        shift(graph, next(value for value in values if value.endswith(suffix)), 1)
+
+    record = checked(exported, spoil)
+    assert not record.ok
+    assert [c.module for c in record.decisions if not c.ok] == ["merges.1.plan"]
+    assert "merges of 'merges.1.plan' differ at 'fp16' although PyTorch preferred its own by" in record.verdict
+
+
+def shift(graph, value, axis):
+    """Roll a value by one along an axis, inside of its module."""
+    node = next(n for n in graph.graph.node if value in n.output)
+    place = list(node.output).index(value)
+    node.output[place] = f"{value}/right"
+    size = next(
+        v for v in onnx.shape_inference.infer_shapes(graph).graph.value_info if v.name == f"{value}/right"
+    ).type.tensor_type.shape
+    count = size.dim[axis].dim_value
+    order = numpy_helper.from_array(np.roll(np.arange(count), 1), f"{value}/order")
+    graph.graph.initializer.append(order)
+    wrong = onnx.helper.make_node(
+        "Gather", [f"{value}/right", order.name], [value], name=f"{node.name}_rolled", axis=axis
+    )
+    graph.graph.node.insert(list(graph.graph.node).index(node) + 1, wrong)
+
+
+def test_one_wrong_index_behind_a_decision_fails(exported):
+    """What is merged where is right; the tokens that are taken are not. Only the imposed arithmetic shows it."""
+    kind = "Add" if exported[1].target is Target.ONNXRUNTIME else "MatMul"
+
+    def spoil(graph):
+        merge = [n for n in graph.graph.node if n.name.startswith("merges.0/") and n.op_type == kind][-1]
+        shift(graph, merge.output[0], 1)
+
+    record = checked(exported, spoil)
+    assert not record.ok
+    assert not all(c.passed for c in record.comparisons)
+    assert "decisions imposed" in record.verdict
+
+
+def test_either_verdict_is_that_of_the_run(exported):
+    out, _, _ = exported
+    good = read_manifest(out).parity
+    bad = checked(exported, lambda graph: shift(graph, leaving(graph, ["merges.0.plan"])["merges.0.plan"][0], 1))
+    assert with_decisions(good, bad).ok is False
+    assert with_decisions(good, bad).verdict == bad.verdict
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_margins_are_those_of_the_scores(sort):
+    plan = tome.FewRowPlan(tome.Sides(tokens=9, protected=int(sort), sort=sort), 2, torch.float32)
+    keys = torch.randn(1, 9, 2, 8, generator=torch.Generator().manual_seed(0))
+    chosen = plan(keys, torch.zeros(1, 1, dtype=torch.int64))
+    count, margin = merging.flips(plan, (keys,), chosen, chosen)
+    assert (int(count), float(margin)) == (0, 0.0)
+
+    metric = keys.mean(2) / keys.mean(2).norm(dim=-1, keepdim=True)
+    scores = (metric[:, plan.sides.a :: 2] @ metric[:, plan.sides.b :: 2].transpose(1, 2))[0]
+    stay, merged, receiver = chosen
+    other = (receiver + 1) % scores.shape[1]
+    count, margin = merging.flips(plan, (keys,), chosen, (stay, merged, other))
+    first = (merged[0] - plan.sides.a) // 2
+    expected = (scores[first, receiver[0]] - scores[first, other[0]]).max()
+    assert int(count) == 2
+    assert float(margin) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("lost", [-1, 0, 8, 9])
+def test_what_is_no_merge_is_infinitely_wrong(lost):
+    plan = tome.FewRowPlan(tome.Sides(tokens=9, protected=1, sort=True), 2, torch.float32)
+    keys = torch.randn(1, 9, 2, 8, generator=torch.Generator().manual_seed(0))
+    stay, merged, receiver = plan(keys, torch.zeros(1, 1, dtype=torch.int64))
+    wrong = merged.clone()
+    wrong[0, 0] = lost
+    assert float(merging.flips(plan, (keys,), (stay, merged, receiver), (stay, wrong, receiver))[1]) == float("inf")
+
+
+def test_shares_compare_partitions_and_not_names():
+    assert merging.first_members(torch.tensor([[3, 1, 3, 0, 1]])).tolist() == [[0, 1, 0, 3, 1]]
