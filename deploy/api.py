@@ -175,7 +175,7 @@ def convert(
     """Write a checkpoint as a plain one in another layout, read it back, and compare the outputs.
 
     Args:
-        checkpoint: A file in any layout and wrapping that loads.
+        checkpoint: A file in any layout and wrapping that loads; a text may name it as ``weights`` of ``export`` does.
         out: The file to write: ``.safetensors``, ``.pth`` or ``.pt``; float32.
         system: A system (see ``systems``) or a recipe file (``*.yaml``).
         variant: Which size of it, e.g. ``"s12"``.
@@ -194,12 +194,14 @@ def convert(
     """
     from deploy.models import find_system
     from deploy.models.conversion import convert_checkpoint
+    from deploy.models.sources import local_file
     from deploy.resolve import resolve_recipe
 
     recipe = resolve_recipe(str(system), {"variant": ("--variant", variant)}, assignments_of(set_))
     console = console_or_silence(console)
     with console.step("convert") as step:
-        record = convert_checkpoint(find_system(recipe.system), recipe, Path(checkpoint), Path(out), to=to, force=force)
+        source = local_file(checkpoint, console)
+        record = convert_checkpoint(find_system(recipe.system), recipe, source, Path(out), to=to, force=force)
         step.note(f"{record.tensors} tensors, {record.source_layout} -> {record.layout}")
     console.line(f"outputs     max relative difference {record.max_relative:.2g}, after reading the file back")
     console.line(f"wrote       {out}")
@@ -379,7 +381,8 @@ def inspect(
     """Say what an ONNX file, a checkpoint, an engine or a bundle holds.
 
     Args:
-        path: ONNX file, checkpoint, engine of a bundle, or bundle folder.
+        path: ONNX file, checkpoint, engine of a bundle, or bundle folder; a text may name a checkpoint as ``weights``
+            of ``export`` does.
         batch: Count multiply-adds for this batch; 1 when left out.
         axis: Sizes of other dynamic axes, e.g. ``{"height": 224}``.
         depth: Components of the module path that are told apart.
@@ -397,7 +400,7 @@ def inspect(
     """
     from deploy.contents import inspect_path
 
-    return inspect_path(Path(path), console_or_silence(console), batch=batch, sizes=axis, depth=depth)
+    return inspect_path(path, console_or_silence(console), batch=batch, sizes=axis, depth=depth)
 
 
 def diff(

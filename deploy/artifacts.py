@@ -23,8 +23,10 @@ from deploy.records import SCHEMA_VERSION, Artifact, Environment, RunRecord, Sta
 if sys.platform != "win32":
     import fcntl
 
-MANIFEST = "manifest.json"
+MANIFEST, RECIPE = "manifest.json", "recipe.yaml"
 TRACED, PATCHED = "10-traced.onnx", "20-patched.onnx"
+
+CACHE_VARIABLE = "EFFDEPLOY_CACHE"
 
 # Packages whose version can change a graph, an engine or a number.
 _FINGERPRINT = (
@@ -80,11 +82,19 @@ def open_artifact(artifact: Artifact, folder: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return where effdeploy keeps what it can make again: ``EFFDEPLOY_CACHE``, or a folder in the user's cache."""
-    if given := os.environ.get("EFFDEPLOY_CACHE"):
-        return Path(given)
-    variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
-    return Path(os.environ.get(variable) or Path.home() / ".cache") / "effdeploy"
+    """Return where effdeploy keeps what it can make or fetch again: ``EFFDEPLOY_CACHE``, or the platform's place.
+
+    Finished stages, downloads and TensorRT's timings have a folder each in it.
+    """
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "effdeploy"
 
 
 def artifacts_of(run: RunRecord, before: Stage = Stage.REPORT) -> list[Artifact]:
@@ -133,6 +143,11 @@ def _storage_error(action: str, error: OSError) -> StorageError:
     return StorageError(f"{action}: {error.strerror or error}", hint=hint)
 
 
+def failed_name(final: Path) -> Path:
+    """Return where a run whose parity fails is published."""
+    return final.with_name(final.name + ".failed")
+
+
 @contextlib.contextmanager
 def run_folder(final: Path) -> Iterator[Path]:
     """Give a scratch folder beside ``final``; the caller publishes it, and it is gone otherwise.
@@ -148,7 +163,7 @@ def run_folder(final: Path) -> Iterator[Path]:
     with _alone(final):
         with storage_errors(f"cannot write beside {final}"):
             _clear_leftovers(final)
-            _clear_leftovers(final.with_name(final.name + ".failed"))
+            _clear_leftovers(failed_name(final))
         require_free(final)
         with storage_errors(f"cannot write beside {final}"):
             scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
@@ -250,6 +265,32 @@ def require_free(final: Path) -> None:
         )
 
 
+def refuse_to_shorten(out: Path, until: Stage) -> None:
+    """Keep a bundle that went further down the road than a run until this stage would.
+
+    One that cannot be read is kept as well, unless the run goes all the way: its own error says to export again.
+
+    Raises:
+        StorageError: ``out`` holds such a bundle.
+    """
+    if not (out / MANIFEST).is_file():
+        return
+    other = "choose another folder with --out, or remove it yourself"
+    try:
+        old = read_manifest(out)
+    except BundleError as error:
+        if until is Stage.REPORT:
+            return
+        raise StorageError(
+            f"{error.message}; a run until {until.value} might replace more than it makes", hint=other
+        ) from error
+    if old.until.order > until.order:
+        raise StorageError(
+            f"{out} holds a bundle that went on to {old.until.value}; a run until {until.value} would replace it",
+            hint=other,
+        )
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON that sorts the same everywhere, through a temporary file and a rename."""
     text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -272,6 +313,8 @@ def read_manifest(folder: Path) -> RunRecord:
     """
     path = folder / MANIFEST
     if not path.is_file():
+        if folder.is_file():
+            raise BundleError(f"{folder} is a file, expected a bundle folder", hint=f"{folder.parent}, if that is one")
         raise BundleError(
             f"{folder} is not a bundle: it has no {MANIFEST}", hint="effdeploy export ... --out " + str(folder)
         )

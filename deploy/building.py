@@ -8,8 +8,6 @@ it with a manifest of its own.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,13 +18,14 @@ import onnx
 
 from deploy import __version__
 from deploy.artifacts import (
-    MANIFEST,
+    RECIPE,
     artifact_of,
     artifacts_of,
     environment,
     open_artifact,
     publish,
     read_manifest,
+    refuse_to_shorten,
     run_folder,
     storage_errors,
     write_json,
@@ -35,10 +34,12 @@ from deploy.artifacts import (
 from deploy.backends import load_backend
 from deploy.backends.audit import graph_types
 from deploy.backends.base import Backend, BuildOptions
+from deploy.backends.gpu import sm_here
 from deploy.backends.trt_config import ranges_text
 from deploy.candidates import build_options, engine_options
 from deploy.console import Console
 from deploy.errors import BackendUnavailableError, BundleError, PrecisionError, SizeError, StorageError
+from deploy.known_bad import warn_of_traps
 from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
 from deploy.records import (
     SCHEMA_VERSION,
@@ -53,8 +54,8 @@ from deploy.records import (
 )
 from deploy.report import render
 from deploy.report.equivalents import trtexec_build
+from deploy.reuse import now
 
-RECIPE_FILE = "recipe.yaml"
 Options = Mapping[str, tuple[str, Any]]  # recipe key -> (flag, value), as ``deploy.recipe.layer_of_options`` reads it
 
 
@@ -122,13 +123,13 @@ def build_bundle(
     _require_backend(backend, request)
     _require_batch(run.trace.inputs, request.ranges, run.trace.batch)
     final = out or _default_bundle(bundle, run, backend)
-    _refuse_to_shorten(final)
     if backend.target is not run.passes.target:
         console.warn(
             f"the graph was lowered for {run.passes.target.value}, {backend.name} wants {backend.target.value}: "
             f"effdeploy export ... --target {backend.target.value} gives the better graph"
         )
     with run_folder(final) as folder:
+        refuse_to_shorten(final, Stage.ENGINE)
         with console.step("files") as step:
             files = artifacts_of(run, before=Stage.ENGINE)
             for artifact in files:
@@ -136,10 +137,13 @@ def build_bundle(
                 with storage_errors(f"cannot copy {artifact.name}"):
                     shutil.copy2(source, folder / artifact.name)
             step.note(f"{len(files)} unchanged")
-        engines = _engines(backend, folder / run.precision.artifact.name, folder, request, console)
+        model = folder / run.precision.artifact.name
+        about = f"{recipe.system} {recipe.variant}"
+        warn_of_traps(console, backend.name, model, model=about, sm=recipe.engine.sm or sm_here())
+        engines = _engines(backend, model, folder, request, console)
         record = _built_run(run, recipe, engines, final.name, bundle.name, time.perf_counter() - begin)
         with storage_errors(f"cannot write the bundle {final}"):
-            (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+            (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
         render([record], folder)
         write_manifest(record, folder)
         publish(folder, final)
@@ -172,6 +176,7 @@ def build_model(
     _require_batch(inputs, request.ranges)
     folder = out or model.parent
     in_place = backend.name == "onnxruntime"
+    warn_of_traps(console, backend.name, model, sm=recipe.engine.sm or sm_here())
     with run_folder(folder / f"{model.stem}.build") as scratch:  # never published: its files are, one by one
         engines = _engines(backend, model, model.parent if in_place else scratch, request, console)
         records = [_publish_engine(e, scratch, folder, model, inputs, in_place=in_place) for e in engines]
@@ -291,14 +296,6 @@ def _require_batch(inputs: Sequence[TensorSpec], ranges: tuple[Batch, ...], trac
         )
 
 
-def _refuse_to_shorten(out: Path) -> None:
-    if (out / MANIFEST).is_file() and (old := read_manifest(out)).until.order > Stage.ENGINE.order:
-        raise StorageError(
-            f"{out} holds a bundle that went on to {old.until.value}; its parity and latency would be lost",
-            hint="choose another folder with --out, or remove it yourself",
-        )
-
-
 def _default_bundle(bundle: Path, run: RunRecord, backend: Backend) -> Path:
     """Name the new bundle after the old one and the backend."""
     path = bundle.resolve()
@@ -324,7 +321,7 @@ def _built_run(
         run,
         effdeploy=__version__,
         name=name,
-        created=_now(),
+        created=now(),
         until=Stage.ENGINE,
         ok=True,
         verdict=f"built from the ONNX files of {source}; not compared with PyTorch yet",
@@ -346,7 +343,7 @@ def _publish_engine(
     record = BuildRecord(
         schema_version=SCHEMA_VERSION,
         effdeploy=__version__,
-        created=_now(),
+        created=now(),
         model=artifact_of(model, model.parent),
         inputs=inputs,
         engine=built,
@@ -379,8 +376,3 @@ def _say_next(console: Console, engines: Sequence[EngineRecord], inputs: Sequenc
         if command := trtexec_build(engine, inputs):
             console.line(f"the same with NVIDIA's tool: {command}", "quiet")
     console.line(f"next: {words}", "strong")
-
-
-def _now() -> str:
-    moment = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
-    return datetime.datetime.fromtimestamp(moment, tz=datetime.timezone.utc).isoformat()

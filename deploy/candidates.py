@@ -19,11 +19,11 @@ from typing import cast
 import torch
 from torch import nn
 
-from deploy.artifacts import open_artifact
+from deploy.artifacts import cache_folder, open_artifact
 from deploy.backends import load_backend
 from deploy.backends.base import Array, BuildOptions, DeviceTimed, DeviceTimer, Feeds, Runner
 from deploy.backends.onnxruntime import open_model
-from deploy.backends.timing_cache import cache_folder
+from deploy.backends.timing_cache import FOLDER
 from deploy.bench import BenchCandidate, peak_memory_of
 from deploy.errors import BenchmarkError
 from deploy.graph.io import load_model, save_model
@@ -81,7 +81,7 @@ def engine_options(recipe: Recipe, inputs: tuple[TensorSpec, ...]) -> BuildOptio
         tf32=engine.tf32,
         device=engine.device,
         profiles=engine.profiles,
-        timing_cache=cache_folder() if engine.timing_cache else None,
+        timing_cache=cache_folder() / FOLDER if engine.timing_cache else None,
         version_compatible=engine.version_compatible,
         hardware=engine.hardware,
         refit=engine.refit,

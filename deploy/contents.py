@@ -19,6 +19,7 @@ from deploy.graph.inspection import GraphReport, inspect_graph
 from deploy.models import SYSTEMS, find_system
 from deploy.models.base import System, empty_state
 from deploy.models.checkpoint import Checkpoint, State, fit_checkpoint, read_checkpoint
+from deploy.models.sources import local_file
 from deploy.records import EngineRecord, RunRecord, TensorSpec, record
 from deploy.resolve import resolve_recipe
 
@@ -64,7 +65,7 @@ class BundleReport:
 
 
 def inspect_path(
-    path: Path,
+    place: Path | str,
     console: Console,
     *,
     batch: int | None = None,
@@ -74,7 +75,8 @@ def inspect_path(
     """Say what a file or bundle holds, on the console and as a record.
 
     Args:
-        path: ONNX file, checkpoint, engine of a bundle, or bundle folder.
+        place: ONNX file, checkpoint, engine of a bundle, or bundle folder; a text may name a checkpoint as
+            ``--weights`` does.
         console: Where it is written.
         batch: Size of dynamic first axes, for multiply-adds; 1 when left out.
         sizes: Sizes of other dynamic axes by name.
@@ -86,7 +88,9 @@ def inspect_path(
         CheckpointError: a checkpoint that cannot be read.
         BundleError: a folder that is no bundle, a changed file, or an engine without a manifest.
         RecipeError: ``batch`` or ``sizes`` name what is not dynamic.
+        DownloadError: the checkpoint cannot be fetched, or is not the one that was pinned.
     """
+    path = local_file(place, console)
     if not path.exists():
         raise StorageError(f"{path} does not exist", hint="effdeploy inspect FILE, or a bundle folder under engines/")
     suffix = path.suffix.lower()

@@ -5,7 +5,10 @@ The table is ``deploy/data/known_bad.yaml``. An entry warns, it proves nothing a
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -13,10 +16,16 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from deploy.console import Console
 from deploy.errors import BundleError
 from deploy.records import from_json, record
 
 TABLE = Path(__file__).parent / "data" / "known_bad.yaml"
+PACKAGES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "tensorrt": {"tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")},
+    "tensorrt_rtx": {"tensorrt-rtx": ("tensorrt-rtx",)},
+    "onnxruntime": {"onnxruntime": ("onnxruntime",), "onnxruntime-gpu": ("onnxruntime-gpu",)},
+}
 EFFECTS = ("wrong", "fails", "slow")
 
 
@@ -87,6 +96,51 @@ def matching(
         and (sm is None or not entry.sm or sm in entry.sm)
         and (operators is None or not entry.operators or set(entry.operators) <= set(operators))
     )
+
+
+def traps_of_build(
+    backend: str, *, operators: Collection[str], model: str = "", sm: Collection[int] = ()
+) -> tuple[KnownBad, ...]:
+    """Return the traps that building one graph with one backend can meet.
+
+    Entries that are about any graph are for ``effdeploy doctor``: effdeploy's own checks cover them in every build.
+
+    Args:
+        backend: Its name; only entries on its package count.
+        operators: ONNX operators of the graph.
+        model: System and variant, e.g. ``"rtdetr r18vd"``; empty where nobody knows.
+        sm: Compute capabilities that are built for; none: unknown.
+    """
+    found = (trap for one in sm or (None,) for trap in matching(_installed(backend), sm=one, operators=operators))
+    return tuple(dict.fromkeys(t for t in found if t.operators or any(_is_model(name, model) for name in t.models)))
+
+
+def warn_of_traps(console: Console, backend: str, graph: Path, *, model: str = "", sm: Collection[int] = ()) -> None:
+    """Say before a build what is known to go wrong with this backend's version and this ONNX file, and what to do."""
+    import onnx
+
+    operators = {node.op_type for node in onnx.load(graph, load_external_data=False).graph.node}
+    for trap in traps_of_build(backend, operators=operators, model=model, sm=sm):
+        console.warn(
+            f"known trap of {trap.package} {trap.versions} ({trap.effect}): {trap.symptom} {trap.workaround} "
+            f"See {trap.threads[0]}"
+        )
+
+
+def _installed(backend: str) -> dict[str, str]:
+    """Return the table's name for a backend's package to the installed version; it is installed under several names."""
+    found: dict[str, str] = {}
+    for table, names in PACKAGES.get(backend, {}).items():
+        for name in names:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.setdefault(table, importlib.metadata.version(name))
+    return found
+
+
+def _is_model(named: str, model: str) -> bool:
+    """Whether a table's name ("RT-DETR") is that of a system ("rtdetr r18vd")."""
+    plain = re.sub(r"[^a-z0-9]", "", named.lower())
+    return bool(plain) and re.sub(r"[^a-z0-9]", "", model.lower()).startswith(plain)
 
 
 def _covers(versions: str, version: str | None) -> bool:

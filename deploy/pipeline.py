@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deploy import __version__
 from deploy.artifacts import (
     MANIFEST,
+    RECIPE,
     artifacts_of,
     environment,
+    failed_name,
     open_artifact,
     publish,
     read_manifest,
+    refuse_to_shorten,
     refused_writes,
+    require_free,
     run_folder,
     storage_errors,
     write_manifest,
@@ -26,7 +30,7 @@ from deploy.artifacts import (
 from deploy.backends import load_backend
 from deploy.backends.base import Backend
 from deploy.console import Console, Mode
-from deploy.errors import BackendUnavailableError, BundleError, ParityError, StorageError
+from deploy.errors import BackendUnavailableError, BundleError, ParityError
 from deploy.preprocess import find_images
 from deploy.recipe import Recipe
 from deploy.records import (
@@ -48,7 +52,6 @@ if TYPE_CHECKING:
     from deploy.stages import Work
 
 T = TypeVar("T")
-RECIPE_FILE = "recipe.yaml"
 
 
 def run(
@@ -78,6 +81,7 @@ def run(
     """
     begin = time.perf_counter()
     with run_folder(out) as folder:
+        require_free(failed_name(out))
         refuse_to_shorten(out, until)
         road = _Road.begin(recipe, folder, until, console or Console(Mode.SILENT))
         road.reuse.start = start or Stage.REPORT if reuse else Stage.MODEL
@@ -136,7 +140,12 @@ class _Road:
         """Say which files of the bundle that is there were changed since; none of them is used."""
         if not (bundle / MANIFEST).is_file():
             return
-        for artifact in artifacts_of(read_manifest(bundle)):
+        try:
+            files = artifacts_of(read_manifest(bundle))
+        except BundleError as error:
+            self.console.warn(f"{error.message}; this run puts a bundle in its place")
+            return
+        for artifact in files:
             try:
                 open_artifact(artifact, bundle)
             except BundleError as error:
@@ -171,9 +180,9 @@ class _Road:
 
     def finish(self, record: RunRecord, out: Path) -> RunRecord:
         """Write recipe, manifest and reports, publish the bundle, and say how it went."""
-        final = out if record.ok else out.with_name(out.name + ".failed")
+        final = out if record.ok else failed_name(out)
         with storage_errors(f"cannot write the bundle {final}"):
-            (self.folder / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+            (self.folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
             if self.until is Stage.REPORT:
                 with self.console.step(Stage.REPORT.value) as shown:
                     render([record], self.folder)
@@ -199,19 +208,6 @@ def check_request(recipe: Recipe, until: Stage, backend: Backend) -> None:
         find_images(recipe.parity.images, 1)
     if until.order >= Stage.ENGINE.order and (reason := backend.available()):
         raise BackendUnavailableError(f"backend {backend.name}: {reason}", hint="or --backend onnxruntime")
-
-
-def refuse_to_shorten(out: Path, until: Stage) -> None:
-    """Keep a bundle that went further down the road than this run would.
-
-    Raises:
-        StorageError: ``out`` holds such a bundle.
-    """
-    if (out / MANIFEST).is_file() and (old := read_manifest(out)).until.order > until.order:
-        raise StorageError(
-            f"{out} holds a bundle that went on to {old.until.value}; a run until {until.value} would replace it",
-            hint="choose another folder with --out, or remove it yourself",
-        )
 
 
 def _verdict(parity: ParityRecord | None, until: Stage) -> tuple[bool, str]:

@@ -6,6 +6,7 @@ else is unknown, and said to be.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,9 @@ from deploy.artifacts import (
     PATCHED,
     TRACED,
     environment,
+    failed_name,
     read_manifest,
+    refuse_to_shorten,
     require_free,
 )
 from deploy.backends import load_backend
@@ -28,9 +31,10 @@ from deploy.console import Console
 from deploy.errors import BundleError, StorageError
 from deploy.models import find_system
 from deploy.models.base import load_model
-from deploy.pipeline import check_request, refuse_to_shorten
+from deploy.models.sources import choose_text, is_here, parse_source
+from deploy.pipeline import check_request
 from deploy.recipe import Recipe
-from deploy.records import ModelRecord, Precision, RunRecord, Stage, Target
+from deploy.records import ModelRecord, Precision, RunRecord, Stage, Target, WeightsSource
 from deploy.reuse import CONSUMES, preview
 from deploy.trace import choose_opset
 
@@ -50,10 +54,12 @@ def plan_export(
     """Check what can be checked without the work, and say what a run would do.
 
     Raises:
-        EffdeployError: whatever the run itself would raise before its first stage, or when it loads the weights.
+        EffdeployError: whatever the run itself would raise before its first stage, or when it loads weights that are
+            on this machine.
     """
     refuse_to_shorten(out, until)
     require_free(out)
+    require_free(failed_name(out))
     free = _free_space(out)
     backend = load_backend(recipe.engine.backend)
     check_request(recipe, until, backend)
@@ -62,7 +68,7 @@ def plan_export(
     target = recipe.target or backend.target
     kept = preview(recipe, target, until, start or Stage.REPORT if reuse else Stage.MODEL)
     with console.step(Stage.MODEL.value) as step:
-        model = load_model(find_system(recipe.system), recipe, target, console).record
+        model = _model(recipe, target, console)
         step.note(model.weights.statement)
     choose_opset(recipe.trace.opset, target, recipe.trace.attention_op)
     earlier = earlier_runs(out.parent)
@@ -88,6 +94,19 @@ def plan_export(
         free=free,
         warnings=tuple(_warnings(needed, free, out)),
     )
+
+
+def _model(recipe: Recipe, target: Target, console: Console) -> ModelRecord:
+    """Load the model; weights that would have to be downloaded are left where they are, random ones stand in."""
+    system = find_system(recipe.system)
+    text = choose_text(recipe.weights, recipe.pretrained, f"{recipe.system} {recipe.variant}")
+    if is_here(source := parse_source(text)):
+        return load_model(system, recipe, target, console).record
+    model = load_model(system, recipe.model_copy(update={"weights": "random"}), target, console).record
+    weights = WeightsSource(
+        kind=source.kind, statement=f"weights: {text} would be downloaded, size unknown", source=text
+    )
+    return dataclasses.replace(model, weights=weights)
 
 
 def show(plan: PlanRecord, console: Console) -> None:

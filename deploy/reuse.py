@@ -54,7 +54,17 @@ KINDS: Mapping[Stage, Any] = {
 }
 
 _MODEL = ("system", "variant", "size", "classes", "options")
-_INPUTS = ("system", "size", "batch", "preprocess", "parity.images", "parity.max_images", "parity.seed")
+_INPUTS = (
+    "system",
+    "variant",
+    "options",
+    "size",
+    "batch",
+    "preprocess",
+    "parity.images",
+    "parity.max_images",
+    "parity.seed",
+)
 
 # What each stage consumes of the recipe. A section stands for all of its keys; ``weights`` and ``pretrained`` come in
 # by the hash of the file, ``target`` as it was resolved, ``parity.images`` by the content of the photos.
@@ -136,7 +146,9 @@ class Reuse:
         return None, origin, f"{stage.value}: {damage}; it was made again" if damage else ""
 
     def keep(self, stage: Stage, record: Any, origin: StageOrigin) -> str:
-        """Keep a stage that was just made; returns a warning where that was not possible, the first time only."""
+        """Keep a stage that was just made, unless it failed; returns a warning where that was not possible, once."""
+        if is_failure(record):
+            return ""
         earlier = {artifact.name for other in self.records.values() for artifact in artifacts_in(other)}
         files = tuple(artifact for artifact in artifacts_in(record) if artifact.name not in earlier)
         entry = Entry(
@@ -216,6 +228,11 @@ def artifacts_in(record: Any) -> tuple[Artifact, ...]:
         return tuple(artifact for item in record for artifact in artifacts_in(item))
     artifact = getattr(record, "artifact", None)
     return () if artifact is None else (artifact,)
+
+
+def is_failure(record: Any) -> bool:
+    """Whether a stage's record says that it failed (parity out of tolerance): the next run makes it again."""
+    return isinstance(record, tuple) and any(isinstance(part, ParityRecord) and not part.ok for part in record)
 
 
 def weights_identity(recipe: Recipe) -> str:

@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from deploy.backends.base import Backend, Feeds
+from deploy.backends.gpu import sm_here
 from deploy.bench import measure
 from deploy.candidates import batch_candidates, bench_candidates, build_options, parity_candidates, prove_decisions
 from deploy.console import Console
 from deploy.errors import CheckpointError
 from deploy.graph.pipeline import run_passes
+from deploy.known_bad import warn_of_traps
 from deploy.models import find_system
 from deploy.models.base import Loaded, System, load_model, measure_drift, resolve_options, specialised
 from deploy.parity.batch import check_batches, with_batches
@@ -130,7 +132,11 @@ class Work:
         )
 
     def build(self, typed: PrecisionRecord) -> tuple[EngineRecord, ...]:
-        """Build the engines and audit what they compute in."""
+        """Warn of what this version is known for, build the engines, and audit what they compute in."""
+        warn_of_traps(
+            self.console, self.backend.name, self.folder / typed.artifact.name,
+            model=f"{self.recipe.system} {self.recipe.variant}", sm=self.recipe.engine.sm or sm_here(),
+        )  # fmt: skip
         return self.backend.build(self.folder / typed.artifact.name, self.folder, build_options(self.recipe))
 
     def prove(

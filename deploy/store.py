@@ -8,6 +8,7 @@ time: where it cannot be written, a run goes on without it and says so.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -105,7 +106,8 @@ class Store:
                     _copy(artifact, source, scratch)
                 _write(entry, scratch)
                 shutil.rmtree(place, ignore_errors=True)
-                scratch.rename(place)
+                with _taken_by_another_run():
+                    scratch.rename(place)
             self._prune(place)
         except BundleError as error:
             return _brief(error)
@@ -160,6 +162,16 @@ def _beside(place: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _taken_by_another_run() -> Iterator[None]:
+    """Pass over an entry that another run has put at the same place meanwhile: keys are alike, so entries are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _copy(artifact: Artifact, source: Path, into: Path) -> None:

@@ -13,13 +13,14 @@ from deploy.artifacts import (
     MANIFEST,
     publish,
     read_manifest,
+    refuse_to_shorten,
     refused_writes,
     run_folder,
     write_json,
     write_manifest,
 )
 from deploy.errors import BundleError, StorageError, TraceError
-from deploy.records import SCHEMA_VERSION, to_json
+from deploy.records import SCHEMA_VERSION, Stage, to_json
 
 
 def test_a_manifest_comes_back(tmp_path: Path) -> None:
@@ -139,3 +140,24 @@ def test_other_errors_are_not_taken_for_a_full_disk(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, refused_writes("stage x: cannot write"):
         raise error
     assert caught.value is error
+
+
+def test_a_bundle_that_cannot_be_read_is_replaced_by_a_whole_run_only(tmp_path: Path) -> None:
+    """The error of a damaged manifest says to export again: that must not end in the same error."""
+    (tmp_path / MANIFEST).write_text("{")
+    refuse_to_shorten(tmp_path, Stage.REPORT)
+    with pytest.raises(StorageError, match=r"cannot be read.* a run until trace might replace more than it makes"):
+        refuse_to_shorten(tmp_path, Stage.TRACE)
+
+
+def test_a_bundle_that_went_further_is_kept(tmp_path: Path) -> None:
+    write_manifest(sample.full_run(), tmp_path)
+    refuse_to_shorten(tmp_path, Stage.REPORT)
+    with pytest.raises(StorageError, match="went on to report; a run until engine would replace it"):
+        refuse_to_shorten(tmp_path, Stage.ENGINE)
+
+
+def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "x.plan").write_text("")
+    with pytest.raises(BundleError, match="is a file, expected a bundle folder"):
+        read_manifest(tmp_path / "x.plan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -15,7 +16,8 @@ import pytest
 from onnx import TensorProto, helper
 from support import effdeploy
 
-from deploy.artifacts import open_artifact, read_manifest, sha256_of
+from deploy import known_bad
+from deploy.artifacts import environment, open_artifact, read_manifest, sha256_of
 from deploy.backends.gpu import first_gpu
 from deploy.building import model_inputs, model_precision
 from deploy.errors import BundleError, SizeError
@@ -181,7 +183,7 @@ def test_a_bundle_that_went_further_is_not_replaced(tiny_bundle):
     before = hashes(tiny_bundle)
     result = effdeploy("build", tiny_bundle, "--backend", "onnxruntime", "--out", tiny_bundle)
     assert result.exit_code == 19
-    assert "its parity and latency would be lost" in result.stderr
+    assert "went on to report; a run until engine would replace it" in result.stderr
     assert hashes(tiny_bundle) == before
 
 
@@ -273,3 +275,15 @@ def test_a_build_that_is_ended_leaves_no_engine(tmp_path, name, code):
         assert len(list(tmp_path.iterdir())) == 3
     else:
         assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize(("operators", "met"), [(["MatMul"], True), (["GridSample"], False)])
+def test_known_traps_of_the_graph_are_told_before_the_build(tmp_path, monkeypatch, operators, met):
+    package = "onnxruntime" if "onnxruntime" in environment().packages else "onnxruntime-gpu"
+    version = environment().packages[package]
+    (sure,) = [trap for trap in known_bad.known_bad() if trap.id == "gridsample-opset-20"]
+    trap = dataclasses.replace(sure, package=package, versions=f"=={version}", operators=tuple(operators), sm=())
+    monkeypatch.setattr(known_bad, "known_bad", lambda: (trap,))
+    result = effdeploy("build", network(tmp_path / "m.onnx"), "--backend", "onnxruntime")
+    assert result.exit_code == 0, result.stderr
+    assert (f"known trap of {package} =={version} (wrong): GridSample" in result.stderr) is met

@@ -70,6 +70,18 @@ def test_bundles_and_recipes(tmp_path):
     assert complete("verify ", cwd=str(tmp_path)) == ["engines/a-fp16/", "engines/b/"]
     assert complete("bench engines/a", cwd=str(tmp_path)) == ["engines/a-fp16/", "engines/a-fp32/"]
     assert complete("export m", cwd=str(tmp_path)) == ["mine.yaml"]
+    assert complete("diff engines/a-fp16 ", cwd=str(tmp_path)) == ["engines/a-fp16/", "engines/b/"]
+
+
+def test_bundles_and_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "engines" / "a").mkdir(parents=True)
+    (tmp_path / "engines" / "a" / "manifest.json").write_text("{}")
+    for name in ("m.onnx", "w.pth"):
+        (tmp_path / name).write_text("")
+    assert completing.bundles_and_models("") == ["engines/a/", "m.onnx"]
+    assert completing.files("") == ["engines/a/", "engines/", "m.onnx", "w.pth"]
+    assert completing.files("w") == ["w.pth"]
 
 
 def test_what_is_offered_is_what_there_is():

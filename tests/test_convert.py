@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from functools import partial
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from support import effdeploy, reference_case
 
 from deploy.errors import CheckpointError, StorageError, UnknownNameError
-from deploy.models import SYSTEMS, find_system
+from deploy.models import SYSTEMS, conversion, find_system
 from deploy.models.base import empty_state, resolve_options
 from deploy.models.conversion import convert_checkpoint, layout_names
 from deploy.models.weights import random_state
@@ -134,6 +136,23 @@ def test_nothing_is_overwritten_unless_asked(wrapped, tmp_path):
     assert out.stat().st_size > 1000
     with pytest.raises(StorageError):
         convert(wrapped, tmp_path / "none" / "x.pth")
+
+
+def test_a_file_system_without_hard_links(wrapped, tmp_path, monkeypatch):
+    """FAT and many network shares refuse ``link``; none can be mounted here."""
+
+    def refuse(source, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    out = tmp_path / "x.pth"
+    convert(wrapped, out)
+    before = out.read_bytes()
+    late = tmp_path / "late.pth"
+    late.write_bytes(b"late")
+    with pytest.raises(StorageError, match="File exists"):  # another process took the name after the first look
+        conversion._publish(late, out, force=False)
+    assert out.read_bytes() == before
 
 
 def test_unknown_layouts_and_types(wrapped, tmp_path):

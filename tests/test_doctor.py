@@ -13,7 +13,7 @@ from support import effdeploy
 
 from deploy.doctor import CPU_FEATURES, cpu_flags, disk_check, examine, torch_against_driver, torch_cuda
 from deploy.errors import BundleError
-from deploy.known_bad import TABLE, known_bad, matching, read_table
+from deploy.known_bad import TABLE, known_bad, matching, read_table, traps_of_build
 
 
 @pytest.fixture
@@ -213,3 +213,22 @@ def test_cpu_features_are_read(tmp_path):
     path.write_text("Features\t: fp asimd i8mm\n")
     assert cpu_flags(path) == {"fp", "asimd", "i8mm"}
     assert cpu_flags(tmp_path / "none") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "operators", "model", "sm", "found"),
+    [
+        ("tensorrt", "11.1.0", {"GridSample"}, "", (), {"gridsample-deformable-attention"}),
+        ("tensorrt", "10.12", {"GridSample"}, "", (), set()),
+        ("tensorrt", "11.1.0", {"Conv"}, "", (), set()),  # entries about any graph are for doctor
+        ("tensorrt", "10.14", {"Conv"}, "rtdetr r18vd", (110,), {"rtdetr-thor"}),
+        ("tensorrt", "10.14", {"Conv"}, "rtdetr r18vd", (89,), set()),
+        ("tensorrt", "10.14", {"Conv"}, "riformer s12", (110,), set()),
+        ("tensorrt", "10.14", {"Conv"}, "rtdetr r18vd", (89, 110), {"rtdetr-thor"}),
+        ("onnxruntime", "11.1.0", {"GridSample"}, "", (), set()),
+    ],
+)
+def test_which_traps_a_build_is_warned_of(backend, version, operators, model, sm, found, monkeypatch):
+    monkeypatch.setattr("deploy.known_bad._installed", lambda name: {name: version})
+    traps = traps_of_build(backend, operators=operators, model=model, sm=sm)
+    assert {trap.id for trap in traps} == found

@@ -12,6 +12,7 @@ from test_cli import BAD_INPUT
 import deploy
 from deploy.answers import PlanRecord
 from deploy.artifacts import read_manifest, write_manifest
+from deploy.errors import RecipeError
 from deploy.planning import earlier_runs
 from deploy.records import Stage, from_json, to_json
 
@@ -112,3 +113,22 @@ def test_a_backend_that_cannot_build_here(tmp_path):
     assert until.exit_code == 0, until.stderr
     assert "tensorrt: " in until.stdout
     assert "can build here" not in until.stdout
+
+
+def test_weights_are_not_downloaded(tmp_path):
+    """Port 9 answers nobody: whatever asked there would fail."""
+    far = "http://127.0.0.1:9/w.pth#sha256=" + "0" * 64
+    for weights in (far, "hf://nobody/nothing", "hf://nobody/nothing/w.bin@" + "0" * 40):
+        plan = deploy.plan("riformer", variant="tiny", weights=weights, out=tmp_path / "b")
+        assert plan.model.weights.statement == f"weights: {weights} would be downloaded, size unknown"
+        assert plan.needed > 0
+        with pytest.raises(RecipeError, match="expected 64"):
+            deploy.plan("riformer", variant="tiny", weights="w.pth#sha256=1", out=tmp_path / "b")
+
+
+def test_what_lies_where_a_failed_run_goes_is_said(tmp_path):
+    (tmp_path / "b.failed").mkdir()
+    (tmp_path / "b.failed" / "thesis.txt").write_text("mine")
+    for more in ((), ("--dry-run",)):
+        result = effdeploy(*TINY, *more, "--out", tmp_path / "b")
+        assert (result.exit_code, "b.failed exists and is not a bundle" in result.stderr) == (19, True)

@@ -199,6 +199,16 @@ def reuse_with(run, folder=None, **over) -> Reuse:
     return found
 
 
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_verdict_that_failed_is_not_kept(ok, first, tmp_path):
+    run = read_manifest(first / "b")
+    found = reuse_with(run, folder=tmp_path)
+    _, origin, _ = found.take(Stage.PARITY)
+    parity = dataclasses.replace(run.parity, ok=ok)
+    assert found.keep(Stage.PARITY, (parity, run.model.drift), origin) == ""
+    assert found.take(Stage.PARITY)[1].reused is ok
+
+
 def keys(found: Reuse) -> dict[str, str]:
     return {stage.value: key_of(stage.value, found.consumed(stage)) for stage in reuse.KINDS}
 

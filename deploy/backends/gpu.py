@@ -44,6 +44,12 @@ def first_gpu() -> Gpu | None:
     )
 
 
+def sm_here() -> tuple[int, ...]:
+    """Return the first GPU's compute capability (89 for 8.9); empty without a GPU."""
+    gpu = first_gpu()
+    return (gpu.sm,) if gpu else ()
+
+
 def _uuid(driver: ctypes.CDLL, device: ctypes.c_int) -> str:
     """Ask for the UUID: CUDA's number of a GPU and nvidia-smi's differ under ``CUDA_VISIBLE_DEVICES``."""
     value = (ctypes.c_ubyte * 16)()

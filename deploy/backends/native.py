@@ -42,7 +42,8 @@ def signals_deferred() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # signals go to the main thread only
         yield lambda: False
         return
-    before = {number: signal.signal(number, lambda got, frame: caught.append(got)) for number in _ENDING}
+    heeded = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, `command &`
+    before = {number: signal.signal(number, lambda got, frame: caught.append(got)) for number in heeded}
     try:
         yield lambda: bool(caught)
     finally:

@@ -9,17 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-
-def cache_folder() -> Path:
-    """Return the folder of the timing caches, where the system keeps a user's caches."""
-    fallback = Path.home() / ".cache"
-    variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
-    return Path(os.environ.get(variable) or fallback) / "effdeploy" / "tensorrt-timing"
+FOLDER = "tensorrt-timing"  # in the cache folder
 
 
 def cache_file(folder: Path, version: str, gpu: str, sm: int) -> Path:

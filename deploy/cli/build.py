@@ -13,7 +13,10 @@ from deploy.cli.app import Json, Log, Quiet, Threads, app, session
 
 @app.command()
 def build(
-    source: Annotated[Path, typer.Argument(help="A bundle's folder, or an ONNX file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A bundle's folder, or an ONNX file.", autocompletion=completing.bundles_and_models),
+    ],
     backend: Annotated[
         str, typer.Option(help="tensorrt, tensorrt_rtx or onnxruntime.", autocompletion=completing.backends)
     ] = "tensorrt",

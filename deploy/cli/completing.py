@@ -83,6 +83,17 @@ def bundles(incomplete: str) -> list[str]:
     return typed if incomplete else [path for path in _paths("engines/") if Path(path, MANIFEST).is_file()] or typed
 
 
+def bundles_and_models(incomplete: str) -> list[str]:
+    """Complete a bundle folder, or an ONNX file."""
+    found = [*bundles(incomplete), *(path for path in _paths(incomplete) if path.endswith(".onnx"))]
+    return list(dict.fromkeys(found))
+
+
+def files(incomplete: str) -> list[str]:
+    """Complete a bundle folder, or any file."""
+    return list(dict.fromkeys([*bundles(incomplete), *_paths(incomplete)]))
+
+
 def _variants_of(system: str) -> Iterator[str]:
     """Read the names under ``variants:`` in the shipped recipe."""
     import yaml
@@ -90,7 +101,7 @@ def _variants_of(system: str) -> Iterator[str]:
     from deploy.recipe import configs_folder
 
     data = yaml.safe_load((configs_folder() / f"{system}.yaml").read_text(encoding="utf-8"))
-    yield from data.get("variants") or ()
+    yield from (str(name) for name in data.get("variants") or ())  # YAML reads 18 as a number
 
 
 def _paths(incomplete: str) -> list[str]:

@@ -14,7 +14,13 @@ from deploy.cli.export import Assignments, Variant
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint in any layout and wrapping that loads.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint in any layout and wrapping that loads: a file, hf://... or https://...",
+            autocompletion=completing.files,
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, .pth or .pt.")],
     system: Annotated[
         str,

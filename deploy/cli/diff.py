@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from deploy.cli import completing
 from deploy.cli.app import Json, Quiet, Seconds, Threads, app, session
 
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="Bundle before.")],
-    b: Annotated[Path, typer.Argument(help="Bundle after.")],
+    a: Annotated[Path, typer.Argument(help="Bundle before.", autocompletion=completing.bundles)],
+    b: Annotated[Path, typer.Argument(help="Bundle after.", autocompletion=completing.bundles)],
     fail_if: Annotated[
         list[str] | None,
         typer.Option(help="Gate, repeatable: 'latency>5%' (B against A), 'ops>+10' (B - A), 'error>0.01' (B)."),

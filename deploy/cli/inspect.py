@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from deploy.cli import completing
 from deploy.cli.app import Json, Quiet, app, session
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="ONNX file, checkpoint, engine of a bundle, or bundle folder.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="ONNX file, checkpoint (also hf://..., https://...), engine of a bundle, or bundle folder.",
+            autocompletion=completing.files,
+        ),
+    ],
     batch: Annotated[int | None, typer.Option(min=1, help="Count multiply-adds for this batch.")] = None,
     axes: Annotated[
         list[str] | None, typer.Option("--axis", help="Size of another dynamic axis: --axis height=224.")

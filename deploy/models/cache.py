@@ -1,31 +1,15 @@
-"""The cache folder of downloads: where it is, who writes to it, and how far a download is."""
+"""Downloads in the cache folder: who writes to it, and how far a download is."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from deploy.artifacts import CACHE_VARIABLE
 from deploy.console import Console
 from deploy.errors import StorageError
-
-CACHE_VARIABLE = "EFFDEPLOY_CACHE"
-
-
-def cache_folder() -> Path:
-    """Return where downloads are kept: ``EFFDEPLOY_CACHE``, or the platform's cache folder."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "effdeploy"
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
@@ -158,9 +159,21 @@ def _publish(temporary: Path, out: Path, force: bool) -> None:
         if force:
             temporary.replace(out)
         else:
-            os.link(temporary, out)
+            _link(temporary, out)
     except OSError as error:
         raise _cannot_write(out, error) from error
+
+
+def _link(temporary: Path, out: Path) -> None:
+    """Link, or where the file system has no hard links (FAT, many network shares) look and rename."""
+    try:
+        os.link(temporary, out)
+    except FileExistsError:
+        raise
+    except OSError:
+        if out.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        temporary.rename(out)
 
 
 def _cannot_write(out: Path, error: Exception) -> StorageError:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from deploy import __version__, units
-from deploy.artifacts import sha256_of
-from deploy.console import Console
+from deploy.artifacts import cache_folder, sha256_of
+from deploy.console import Console, Mode
 from deploy.errors import DownloadError
 from deploy.models.answers import InterruptedTransferError, StalePartError, opened, read, validator_of
-from deploy.models.cache import byte_progress, cache_errors, cache_folder, locked
+from deploy.models.cache import byte_progress, cache_errors, locked
 
 _BLOCK = 1 << 18
 _PROGRESS = 1 << 20  # a broken connection that brought this much is not counted against the attempts
@@ -59,17 +59,24 @@ def download(url: str, name: str, sha256: str, console: Console, patience: Patie
         DownloadError: the server refuses, gives up, redirects in a circle, or sends other content than pinned.
         StorageError: the cache folder cannot be written, or is full.
     """
-    folder = cache_folder() / "weights"
-    final = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
-    transfer = _Transfer(
-        url=url, name=name, final=final, sha256=sha256, console=console, patience=patience or Patience()
-    )
+    transfer = _transfer(url, name, sha256, console, patience)
+    final, folder = transfer.final, transfer.final.parent
     if found := transfer.finished():
         return final, found
     with cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(final, name, console):
         return final, transfer.finished() or transfer.run()
+
+
+def is_downloaded(url: str, name: str, sha256: str) -> bool:
+    """Whether a whole copy is in the cache; asks no server."""
+    return bool(_transfer(url, name, sha256, Console(Mode.SILENT), None).finished())
+
+
+def _transfer(url: str, name: str, sha256: str, console: Console, patience: Patience | None) -> _Transfer:
+    final = cache_folder() / "weights" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    return _Transfer(url=url, name=name, final=final, sha256=sha256, console=console, patience=patience or Patience())
 
 
 @dataclass(kw_only=True, slots=True)

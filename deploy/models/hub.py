@@ -21,6 +21,7 @@ from deploy.models.sources import SUFFIXES
 # What trainers leave beside the weights in files of the same types.
 _NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.")
 _USUAL = "model.safetensors"  # transformers, timm and huggingface_hub write this name
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHOWN = 12
 _DISK = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
@@ -48,6 +49,14 @@ def fetch_from_hub(repo: str, file: str, revision: str, console: Console) -> tup
             path = Path(hub.hf_hub_download(repo, name, revision=revision or None, **options))
     parts = path.parts
     return path, name, parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1]
+
+
+def is_cached(repo: str, file: str, revision: str) -> bool:
+    """Whether a file of a commit is in the library's cache; a branch or a name that is left out needs the Hub."""
+    import huggingface_hub as hub
+
+    known = bool(file) and _COMMIT.fullmatch(revision) is not None
+    return known and isinstance(hub.try_to_load_from_cache(repo, file, revision=revision), str)
 
 
 def choose_file(repo: str, names: Sequence[str]) -> str:

@@ -152,6 +152,31 @@ def fetch(source: Source, console: Console | None = None) -> Fetched:
     return fetched
 
 
+def is_here(source: Source) -> bool:
+    """Whether ``fetch`` would find everything on this machine, without asking a server."""
+    match source.kind:
+        case "url":
+            from deploy.models.download import is_downloaded
+
+            return is_downloaded(source.location, file_name(source.location), source.sha256)
+        case "hub":
+            from deploy.models.hub import is_cached
+
+            return is_cached(source.location, source.file, source.revision)
+        case _:
+            return True
+
+
+def local_file(place: Path | str, console: Console | None = None) -> Path:
+    """Return the path of a checkpoint that is named as ``--weights`` takes it, downloading it where it is not here.
+
+    Raises:
+        RecipeError: it is none of the forms, or random weights, which have no file.
+        DownloadError, StorageError: as ``fetch``.
+    """
+    return place if isinstance(place, Path) else fetch(parse_source(place), console).path
+
+
 def _fetch_url(source: Source, console: Console) -> Fetched:
     from deploy.models.download import download
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import stat
+import sys
 import threading
 
 import pytest
@@ -11,7 +12,7 @@ from recorded_api import SURFACES, RecordedModule
 
 from deploy.backends.base import BuildOptions
 from deploy.backends.native import signals_deferred
-from deploy.backends.timing_cache import TimingCache, cache_file, cache_folder
+from deploy.backends.timing_cache import TimingCache, cache_file
 from deploy.backends.trt_config import (
     add_profiles,
     choose_profile,
@@ -20,8 +21,10 @@ from deploy.backends.trt_config import (
     monitor,
     ranges_of,
 )
+from deploy.candidates import build_options
 from deploy.errors import EngineBuildError
 from deploy.records import Batch
+from deploy.resolve import resolve_recipe
 
 ranges = [Batch.parse(text) for text in ("1", "1:8:32", "16:16:64")]
 
@@ -255,7 +258,22 @@ def test_without_a_file_the_builder_is_left_alone(trt):
     assert cache.statement == "off"
 
 
-def test_the_cache_lies_where_the_system_keeps_caches(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert cache_folder() == tmp_path / "effdeploy" / "tensorrt-timing"
+def test_the_cache_lies_in_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("EFFDEPLOY_CACHE", str(tmp_path))
+    recipe = resolve_recipe("riformer", {"variant": ("--variant", "tiny")})
+    assert build_options(recipe).timing_cache == tmp_path / "tensorrt-timing"
+    off = resolve_recipe("riformer", {"variant": ("--variant", "tiny"), "engine.timing_cache": ("", False)})
+    assert build_options(off).timing_cache is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_signal_that_the_process_ignores_cancels_nothing():
+    """As under nohup, or behind ``&`` in a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_deferred() as cancelled:
+            signal.raise_signal(signal.SIGINT)
+            assert not cancelled()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

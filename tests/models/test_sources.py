@@ -21,16 +21,15 @@ from models.servers import each, file, redirect, refuse, reply
 from safetensors.torch import save_file
 from support import effdeploy
 
-from deploy.artifacts import read_manifest, sha256_of
+from deploy.artifacts import CACHE_VARIABLE, cache_folder, read_manifest, sha256_of
 from deploy.console import Console, Mode
 from deploy.errors import CheckpointError, DownloadError, RecipeError, StorageError
 from deploy.models import SYSTEMS, find_system
 from deploy.models.answers import _Redirects
 from deploy.models.base import load_model
-from deploy.models.cache import CACHE_VARIABLE, cache_folder
 from deploy.models.download import Patience, download
 from deploy.models.hub import choose_file
-from deploy.models.sources import Source, choose_text, fetch, parse_source
+from deploy.models.sources import Source, choose_text, fetch, is_here, parse_source
 from deploy.records import Target
 from deploy.resolve import recipe_layers, resolve_recipe
 from deploy.reuse import weights_identity
@@ -582,6 +581,24 @@ def test_export_from_a_url_and_verify_from_the_record(site, checkpoint, tmp_path
     changed = f"{site.url('/x.safetensors')}#sha256={sha256[::-1]}"
     result = effdeploy("verify", out, "--weights", changed)
     assert (result.exit_code, "expected " + sha256[::-1] in result.stderr) == (20, True)
+
+
+def test_convert_and_inspect_take_sources_too(site, checkpoint, tmp_path):
+    path, sha256 = checkpoint
+    site.answers["/x.safetensors"] = file(path.read_bytes())
+    text = f"{site.url('/x.safetensors')}#sha256={sha256}"
+    source = parse_source(text)
+    assert not is_here(source)
+    variant = ("--system", "riformer", "--variant", "tiny")
+    result = effdeploy("convert", text, tmp_path / "out.safetensors", *variant)
+    assert result.exit_code == 0, result.stdout + result.stderr
+    assert is_here(source)
+    assert sha256[:12] in effdeploy("inspect", text).stdout
+    assert len(site.asked) == 1
+    assert effdeploy("inspect", "random").exit_code == 3
+    assert effdeploy("inspect", text[:-2] + "zz").exit_code == 3
+    changed = f"{site.url('/x.safetensors')}#sha256={sha256[::-1]}"
+    assert effdeploy("inspect", changed).exit_code == 20
 
 
 def test_what_was_not_pinned_is_said_with_the_text_that_pins_it(site, checkpoint):
