@@ -1,0 +1,167 @@
+"""AlterNet against the official implementation's outputs, its folds and its windows."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+import torch
+from support import effdeploy, reference_case
+
+from deploy.artifacts import read_manifest
+from deploy.backends.base import BuildOptions
+from deploy.backends.onnxruntime import open_model
+from deploy.errors import CheckpointError, RecipeError, SizeError
+from deploy.graph.pipeline import run_passes
+from deploy.models import find_system
+from deploy.models.alternet import (
+    ATTENTIONS,
+    AttentionBlock,
+    LocalAttention,
+    Projections,
+    folded,
+    from_windows,
+    to_windows,
+)
+from deploy.models.base import load_model
+from deploy.models.weights import random_state
+from deploy.records import Batch, Target
+from deploy.resolve import resolve_recipe
+from deploy.trace import TraceRequest, onnx_from_torch
+
+SYSTEM = find_system("alternet")
+CASES = {"alternet_18_cifar_w4": "18_cifar", "alternet_18_imagenet": "18", "alternet_50_imagenet": "50"}
+SLOW = [pytest.param(name, marks=[pytest.mark.slow] * ("imagenet" in name)) for name in CASES]
+LIMIT = 1e-4  # of the largest logit
+
+
+def load(asked, target=Target.ONNXRUNTIME):
+    return load_model(SYSTEM, resolve_recipe("alternet", {key: ("", value) for key, value in asked.items()}), target)
+
+
+@pytest.mark.parametrize("target", list(Target), ids=lambda t: t.value)
+@pytest.mark.parametrize("name", SLOW)
+def test_pytorch_forms_and_the_graph_meet_the_official_logits(name, target, tmp_path):
+    case = reference_case(name)
+    loaded = load({"variant": CASES[name], "weights": str(case.save(tmp_path / "official.pth"))}, target)
+    scale = abs(case.logits).max()
+    with torch.inference_mode():
+        for module in (loaded.reference, loaded.deploy):
+            assert abs(module(torch.from_numpy(case.images)).numpy() - case.logits).max() <= LIMIT * scale
+    request = TraceRequest(inputs=loaded.inputs, outputs=("logits",), batch=Batch.parse(2), opset=20)
+    traced = onnx_from_torch(loaded.deploy, request, tmp_path)
+    graph = tmp_path / run_passes(tmp_path / traced.artifact.name, target, tmp_path).artifact.name
+    with open_model(graph, BuildOptions(threads=1)) as runner:
+        got = runner.infer({"images": case.images})["logits"]
+    assert abs(got - case.logits).max() <= LIMIT * scale
+
+
+def test_a_table_read_from_key_to_query_is_another_function(tmp_path):
+    case = reference_case("alternet_18_cifar_w4")
+    loaded = load({"variant": "18_cifar", "weights": str(case.save(tmp_path / "official.pth"))})
+    for module in loaded.reference.modules():
+        if isinstance(module, LocalAttention):
+            module.pos_embedding = torch.nn.Parameter(module.pos_embedding.flip(0, 1), requires_grad=False)
+    got = loaded.run({"images": case.images})["logits"]
+    assert abs(got - case.logits).max() > LIMIT * abs(case.logits).max()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_command_line_meets_the_official_logits(precision, tmp_path):
+    case = reference_case("alternet_18_cifar_w4")
+    path, out = case.save(tmp_path / "official.pth", meta={"epoch": 1}), tmp_path / "bundle"
+    result = effdeploy(
+        "export", "alternet", "--variant", "18_cifar", "--weights", path, "--batch", 2, f"--{precision}",
+        "--until", "parity", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stdout + result.stderr
+    run = read_manifest(out)
+    with open_model(out / run.engines[0].artifact.name, BuildOptions(threads=1)) as runner:
+        got = runner.infer({"images": case.images})["logits"]
+    assert (got.argmax(1) == case.logits.argmax(1)).all()
+    tolerance = LIMIT if precision == "fp32" else run.parity.tolerances["fp16"].max_relative
+    assert abs(got - case.logits).max() <= tolerance * abs(case.logits).max()
+    assert all(c.top1 == 1.0 for c in run.parity.comparisons)
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_rtx_builds_for_ampere_and_ada(precision, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "bundle"
+    result = effdeploy(
+        "export", "alternet", "--variant", "tiny", f"--{precision}", "--backend", "tensorrt_rtx", "--sm", "80,89",
+        "--until", "engine", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stdout + result.stderr
+    assert len(read_manifest(out).engines) == 2
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 12)])
+def test_windows_go_row_by_row_and_come_back(size):
+    x = torch.arange(2 * 3 * size[0] * size[1], dtype=torch.float32).reshape(2, 3, *size)
+    windows = to_windows(x, 4)
+    expected = [
+        image[:, r : r + 4, c : c + 4] for image in x for r in range(0, size[0], 4) for c in range(0, size[1], 4)
+    ]
+    assert torch.equal(windows, torch.stack(expected))
+    assert torch.equal(from_windows(windows, size, 4), x)
+
+
+@pytest.mark.parametrize(("dim", "width", "merged"), [(16, 16, True), (64, 16, False)])
+@pytest.mark.parametrize("target", list(Target), ids=lambda t: t.value)
+def test_an_attention_block_keeps_its_function(dim, width, merged, target):
+    block = AttentionBlock(dim, width, 2, {"head_dim": 8, "window": 4}).double().eval()
+    block.load_state_dict({key: value.double() for key, value in random_state(block.state_dict(), 0).items()})
+    x = torch.randn(2, dim, 8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        folds = Projections(block)
+        assert (folds.narrow is None) == merged
+        active = torch.nn.functional.gelu(block.norm1(x))
+        got = x + ATTENTIONS[target](folds)(folds.narrow(active) if folds.narrow else active)
+        assert torch.allclose(got, block(x), atol=1e-12)
+        folds.bias = folds.bias.t()  # negative control: key by query
+        got = x + ATTENTIONS[target](folds)(folds.narrow(active) if folds.narrow else active)
+        assert not torch.allclose(got, block(x), atol=1e-6)
+
+
+def test_a_norm_folds_into_the_convolution_before_it():
+    convolution, norm = torch.nn.Conv2d(3, 4, 3, 2, 1, bias=False).double(), torch.nn.BatchNorm2d(4).double().eval()
+    norm.load_state_dict({key: value.double() for key, value in random_state(norm.state_dict(), 0).items()})
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(folded(convolution, norm)(x), norm(convolution(x)), atol=1e-12)
+
+
+def test_the_logits_of_windows_stay_float32(tmp_path):
+    out = tmp_path / "bundle"
+    result = effdeploy("export", "alternet", "--variant", "tiny", "--fp16", "--until", "precision", "--out", out)
+    assert result.exit_code == 0, result.stdout + result.stderr
+    graph = onnx.shape_inference.infer_shapes(onnx.load(out / "30-fp16.onnx")).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    found = {node.name: types[node.output[0]] for node in graph.node if ".attention" in node.name}
+    sums = {name: kind for name, kind in found.items() if name.endswith(".attention/Add")}
+    assert len(sums) == 3
+    assert set(sums.values()) == {onnx.TensorProto.FLOAT}
+    assert {kind for name, kind in found.items() if name.endswith("/MatMul")} == {onnx.TensorProto.FLOAT16}
+
+
+def test_a_missing_key_is_refused(tmp_path):
+    case = reference_case("alternet_18_cifar_w4")
+    del case.state["layer3.1.attn.pos_embedding"]
+    with pytest.raises(CheckpointError, match=r"missing.*\n.*layer3\.1\.attn\.pos_embedding"):
+        load({"variant": "18_cifar", "weights": str(case.save(tmp_path / "short.pth"))})
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "text"),
+    [
+        ({"variant": "18", "size": 256}, SizeError, "256x256.*multiples of 224"),
+        ({"variant": "18_cifar", "size": 48}, SizeError, "multiples of 32"),
+        ({"variant": "18_cifar", "size": 32, "options.window": 7}, SizeError, "multiples of 56"),
+        ({"variant": "tiny", "options.stem": "patch"}, RecipeError, "imagenet or cifar"),
+        ({"variant": "tiny", "options.blocks": [1, 2]}, RecipeError, "one a stage"),
+    ],
+)
+def test_what_cannot_be_is_refused(asked, error, text):
+    with pytest.raises(error, match=text):
+        load(asked)
