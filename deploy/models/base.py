@@ -313,7 +313,7 @@ def example_inputs(inputs: tuple[TensorSpec, ...], batch: int, seed: int = 0) ->
 def count_macs(system: System, options: Options, size: Size) -> int:
     """Count multiply-adds of one image in the training form, on the meta device (no memory, no arithmetic)."""
     with torch.device("meta"):
-        model = system.build(options, size, system.weight_maps[0].layout)
+        model = system.build(options, size, system.weight_maps[0].layout).requires_grad_(False)
         inputs = [t.to("meta") for t in example_inputs(graph_inputs(system, size), 1)]
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(*inputs)
