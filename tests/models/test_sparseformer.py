@@ -1,0 +1,172 @@
+"""SparseFormer against both official releases' outputs, its folds, its two samplings and its constants."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from reference import rtdetr_fill
+from support import REFERENCE, Case, effdeploy
+
+from deploy.artifacts import read_manifest
+from deploy.backends.base import BuildOptions
+from deploy.backends.onnxruntime import open_model
+from deploy.errors import RecipeError
+from deploy.graph.io import load_model as load_onnx
+from deploy.graph.io import op_counts
+from deploy.models import find_system, vit
+from deploy.models.base import empty_state, example_inputs, load_model
+from deploy.models.sparseformer import FixedGather, FixedGrid, from_imagenet, from_library, pad_heads, to_imagenet
+from deploy.records import Target
+from deploy.resolve import resolve_recipe
+
+SYSTEM = find_system("sparseformer")
+CASES = {
+    "sparseformer_tiny_imagenet_224x224": ("t", "imagenet release"),
+    "sparseformer_tiny_imagenet_192x320": ("t", "imagenet release"),
+    "sparseformer_tiny_v1lib_224x224": ("t", "library release"),
+    "sparseformer_small_imagenet_224x224": ("s", "imagenet release"),
+}
+LIMIT = 2e-4  # of the largest logit; float32 itself is off by up to 9e-5 here
+
+
+def about(name):
+    return json.loads((REFERENCE / f"{name}.json").read_text())
+
+
+def case_of(name):
+    described, numbers = about(name), np.load(REFERENCE / f"{name}.npz")
+    state = {key: torch.from_numpy(rtdetr_fill.fill(key, tuple(shape))) for key, shape in described["keys"].items()}
+    shape = (1, *described["input_shape"][1:])
+    images = np.concatenate([rtdetr_fill.image(shape, seed=seed) for seed in described["input"]["seeds"]])
+    return Case(name=name, state=state, images=images, logits=numbers["logits"])
+
+
+def load(target=Target.ONNXRUNTIME, **asked):
+    options = {key.replace("__", "."): ("", value) for key, value in {"variant": "tiny", **asked}.items()}
+    return load_model(SYSTEM, resolve_recipe("sparseformer", options), target)
+
+
+def off(module, case):
+    with torch.inference_mode():
+        got = module(torch.from_numpy(case.images)).numpy()
+    return abs(got - case.logits).max() / abs(case.logits).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pytorch_forms_meet_the_official_logits(name, tmp_path):
+    case, (variant, layout) = case_of(name), CASES[name]
+    size = "x".join(str(side) for side in case.images.shape[2:])
+    loaded = load(variant=variant, size=size, weights=str(case.save(tmp_path / "official.pth")))
+    assert loaded.record.weights.layout == layout
+    for module in (loaded.reference, loaded.deploy, SYSTEM.to_deploy(loaded.reference, Target.TENSORRT)):
+        assert off(module, case) <= LIMIT
+    with torch.inference_mode():
+        rois = loaded.reference.features(torch.from_numpy(case.images))[1]
+    official = np.load(REFERENCE / f"{name}.npz")["roi_final"]
+    official = official if layout == "library release" else official.transpose(1, 0, 2)
+    assert len(rois) == 5
+    assert abs(rois[-1].numpy() - official).max() <= 1e-3
+
+
+def test_the_releases_constants_are_not_interchangeable(tmp_path):
+    case = case_of("sparseformer_tiny_imagenet_224x224")
+    path = case.save(tmp_path / "official.pth")
+    assert off(load(variant="t", weights=str(path), options__constants="imagenet").reference, case) <= LIMIT
+    assert off(load(variant="t", weights=str(path), options__constants="library").reference, case) > 20 * LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sparseformer_tiny_imagenet_224x224", "sparseformer_tiny_v1lib_224x224"])
+def test_the_command_line_meets_the_official_logits(name, tmp_path):
+    case, out = case_of(name), tmp_path / "bundle"
+    result = effdeploy(
+        "export", "sparseformer", "--variant", "t", "--weights", case.save(tmp_path / "official.pth"), "--batch", 2,
+        "--fp16", "--until", "parity", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stdout + result.stderr
+    run = read_manifest(out)
+    assert f"{CASES[name][1]} layout" in result.stdout
+    limits = {run.passes.artifact: LIMIT, run.precision.artifact: run.parity.tolerances["fp16"].max_relative}
+    for artifact, limit in limits.items():
+        with open_model(out / artifact.name, BuildOptions(threads=1)) as runner:
+            got = runner.infer({"images": case.images})["logits"]
+        assert abs(got - case.logits).max() <= limit * abs(case.logits).max()
+    assert all(c.top1 == 1.0 for c in run.parity.comparisons)
+
+
+PARAMETERS = {"t": 32, "s": 48, "b": 81}  # millions, as the release prints them
+
+
+@pytest.mark.parametrize("variant", PARAMETERS)
+def test_parameters_are_the_published_ones(variant):
+    state = empty_state(SYSTEM, {**SYSTEM.variants[variant].options, "classes": 1000}, (224, 224), "imagenet")
+    assert sum(t.numel() for t in state.values()) / 1e6 == pytest.approx(PARAMETERS[variant], abs=0.6)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "small" not in n and "320" not in n])
+def test_keys_go_both_ways(name):
+    forward, back = (from_imagenet, to_imagenet) if "imagenet" in name else (from_library, vit.as_it_is)
+    keys = list(about(name)["keys"])
+    assert [back(forward(key)) for key in keys] == keys
+    assert len({forward(key) for key in keys}) == len(keys)
+
+
+def test_the_librarys_converted_head_is_taken():
+    assert [from_library(f"head.{key}") for key in ("norm.weight", "classifier.bias")] == ["norm.weight", "proj.bias"]
+
+
+@pytest.mark.parametrize("option", ["constants", "sampling"])
+def test_an_unknown_choice_is_refused(option):
+    with pytest.raises(RecipeError, match=rf"options.{option}: got 'none'"):
+        load(**{f"options__{option}": "none"})
+
+
+@pytest.mark.parametrize("size", [(28, 36), (27, 33)])
+def test_both_samplings_are_the_definition(size):
+    draw = torch.Generator().manual_seed(0)
+    image_map = torch.randn(2, 3, *size, generator=draw, dtype=torch.float64)
+    grid = torch.rand(1, 50, 1, 2, generator=draw, dtype=torch.float64) * 3 - 1.5  # a third lies outside
+    expected = torch.nn.functional.grid_sample(image_map, grid.expand(2, -1, -1, -1), align_corners=False).squeeze(3)
+    for form in (FixedGrid, FixedGather):
+        assert abs(form(grid, size)(image_map) - expected).max() < 1e-12
+        assert abs(form(grid + 0.01, size)(image_map) - expected).max() > 1e-3  # negative control
+
+
+@pytest.mark.parametrize("sampling", ["grid_sample", "gather"])
+def test_the_deploy_form_is_exact_with_either_sampling(sampling):
+    reference = load(options__sampling=sampling).reference.double()
+    deploy = SYSTEM.to_deploy(reference, Target.ONNXRUNTIME)
+    images = example_inputs(load().inputs, 2)[0].double()
+    with torch.inference_mode():
+        expected = reference(images)
+        assert abs(deploy(images) - expected).max() <= 1e-10 * abs(expected).max()
+
+
+def test_padded_heads_keep_the_attention():
+    deploy = load().deploy
+    attention = deploy.blocks[0].attn
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = attention(x)[0]
+        pad_heads(attention)
+        assert attention.q.out_features == attention.proj.in_features == 8 * 16
+        assert abs(attention(x)[0] - before).max() <= 1e-5 * abs(before).max()
+    assert load(Target.TENSORRT).deploy.cortex.attn.q.out_features == 8 * 16
+    assert load(Target.TENSORRT, options__pad_heads=False).deploy.cortex.attn.q.out_features == 64
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_rtx_builds_the_tiny_variant(precision, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'effdeploy[tensorrt-rtx]'")
+    result = effdeploy(
+        "export", "sparseformer", "--variant", "tiny", f"--{precision}", "--backend", "tensorrt_rtx",
+        "--set", "engine.sm=[80,89]", "--until", "engine", "--out", tmp_path / "bundle",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stdout + result.stderr
+    run = read_manifest(tmp_path / "bundle")
+    assert len(run.engines) == 2
+    assert "GridSample" not in op_counts(load_onnx(tmp_path / "bundle" / run.passes.artifact.name))
