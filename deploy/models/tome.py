@@ -30,6 +30,7 @@ from torch.nn import functional
 from deploy.errors import RecipeError
 from deploy.models import vit
 from deploy.models.base import Flag, Form, System, Variant
+from deploy.models.merging import DECISIONS, DRAWING, tuning
 from deploy.records import Target
 
 SCHEDULES = {"constant": 0.0, "decreasing": -1.0, "increasing": 1.0}
@@ -219,75 +220,90 @@ Plan = tuple[Tensor, ...]
 
 
 class FewRowPlan(nn.Module):
-    """Decides with three TopK, so that ties can neither lose nor double a token."""
+    """Decides with two sorts, so that ties can neither lose nor double a token.
 
-    def __init__(self, sides: Sides, r: int) -> None:
-        super().__init__()
-        self.sides, self.r, self.kept = sides, r, sides.proposers - r
-
-    def forward(self, keys: Tensor) -> Plan:
-        """Read keys [N,T,heads,d]; return the places of rows that stay before B, of those merged away, and receivers.
-
-        All int64, [N,protected + kept], [N,r] and [N,r].
-        """
-        metric = keys.mean(2)
-        metric = metric / metric.norm(dim=-1, keepdim=True)
-        scores = metric[:, self.sides.a :: 2] @ metric[:, self.sides.b :: 2].transpose(1, 2)
-        best, receiver = scores.topk(1)
-        order = best.squeeze(2).topk(self.sides.proposers).indices
-        merged, kept = order[:, : self.r], order[:, self.r :]
-        if self.sides.sort and self.kept:
-            kept = kept.topk(self.kept, largest=False).values
-        stay = self.sides.a + 2 * kept
-        for place in reversed(range(self.sides.protected)):
-            stay = functional.pad(stay, (1, 0), value=place)
-        return stay, self.sides.a + 2 * merged, receiver.squeeze(2).gather(1, merged)
-
-
-class FewRowMerge(nn.Module):
-    """Merging for ONNX Runtime: kept rows are gathered, and only the r merged rows go through a one-hot product."""
+    The class token proposes too, but worse than any cosine, so that it always stays first.
+    """
 
     def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.sides, self.plan = sides, FewRowPlan(sides, r)
-        self.receivers = nn.Buffer(torch.arange(sides.receivers)[None, :, None], persistent=False)
+        self.sides, self.r = sides, r
+        self.kept = len(range(0, sides.tokens, 2)) - r
+        handicap = torch.zeros(self.kept + r, dtype=dtype)
+        handicap[: sides.a // 2] = -4
+        self.handicap = nn.Buffer(handicap, persistent=False)
+        self.fixed = nn.Buffer(torch.arange(sides.b, sides.tokens, 2)[None], persistent=False)
+
+    def forward(self, keys: Tensor, row: Tensor) -> Plan:
+        """Read keys [N,T,heads,d]; return which rows stay, in their new order, which are merged away, and receivers.
+
+        Rows are those of the flattened batch, int64 [N,T-r] and [N,r]; receivers count from the first of B, [N,r].
+        """
+        metric = keys.mean(2)
+        metric = metric / metric.norm(dim=-1, keepdim=True)
+        scores = metric[:, ::2] @ metric[:, self.sides.b :: 2].transpose(1, 2)
+        best, receiver = scores.max(2)
+        if self.sides.protected:
+            best = best + self.handicap
+        merged, kept = best.topk(self.kept + self.r).indices.split((self.r, self.kept), 1)
+        if self.sides.sort:
+            kept = kept.topk(self.kept, largest=False).values
+        if self.sides.protected == 2:  # the distillation token comes second
+            kept = functional.pad(kept[:, 1:] * 2, (1, 0), value=1)
+            kept = functional.pad(kept, (1, 0))
+        else:
+            kept = kept * 2
+        if keys.shape[0] == 1:
+            return torch.cat((kept, self.fixed), 1), merged * 2, receiver.gather(1, merged)
+        start = row * self.sides.tokens
+        return torch.cat((kept + start, self.fixed + start), 1), merged * 2 + start, receiver.gather(1, merged)
+
+
+class FewRowMerge(nn.Module):
+    """Merging for ONNX Runtime: rows that stay are gathered, and only the r others go through a one-hot product."""
+
+    def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.sides, self.plan, self.count = sides, FewRowPlan(sides, r, dtype), sides.tokens - r
+        places = torch.arange(self.count) - (self.count - sides.receivers)
+        self.receivers = nn.Buffer(places[None, :, None], persistent=False)
 
     def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Plan]:
         """Merge.
 
         Args:
             x: Tokens [N,T,C].
-            size: [N,T], or ``None`` for ones.
+            size: [N,T,1], or ``None`` for ones.
             keys: [N,T,heads,d].
             row: int64 [N,1]: 0 to N-1.
 
         Returns:
-            Tokens [N,T-r,C], their sizes [N,T-r], and the plan.
+            Tokens [N,T-r,C], their sizes [N,T-r,1], and the plan.
         """
-        plan = stay, merged, receiver = self.plan(keys)
+        plan = stay, merged, receiver = self.plan(keys, row)
         hot = (receiver[:, None] == self.receivers).to(x.dtype)
-        receivers = x[:, self.sides.b :: 2]
+        gone = rows(x, merged)
         if size is None:
-            total = hot.sum(2) + 1
+            total = hot.sum(2, keepdim=True) + 1
             share = 1 / total
-            sizes = torch.cat((torch.ones_like(stay, dtype=x.dtype), total), 1)
         else:
-            own = size[:, self.sides.b :: 2]
-            hot = hot * size.gather(1, merged)[:, None]
-            total = own + hot.sum(2)
+            weight = rows(size, merged)
+            own, gone = rows(size, stay), gone * weight
+            total = own + hot @ weight
             share = own / total
-            sizes = torch.cat((size.gather(1, stay), total), 1)
-        received = receivers * share[:, :, None] + (hot / total[:, :, None]) @ rows(x, merged, row)
-        return torch.cat((rows(x, stay, row), received), 1), sizes, plan
+        return rows(x, stay) * share + (hot / total) @ gone, total, plan
 
     def places(self, plan: Plan) -> Tensor:
         """Return where each token goes by a plan, int64 [N,T]."""
         stay, merged, receiver = plan
-        before = stay.shape[1]
-        fixed = torch.arange(self.sides.b, self.sides.tokens, 2, device=stay.device).expand(stay.shape[0], -1)
-        targets = torch.arange(before + self.sides.receivers, device=stay.device).expand(stay.shape[0], -1)
-        order = torch.cat((stay, fixed, merged), 1).topk(self.sides.tokens, largest=False).indices
-        return torch.cat((targets, before + receiver), 1).gather(1, order)
+        order = torch.cat((stay, merged), 1).topk(self.sides.tokens, largest=False).indices
+        targets = torch.arange(self.count, device=stay.device).expand(stay.shape[0], -1)
+        return torch.cat((targets, self.count - self.sides.receivers + receiver), 1).gather(1, order)
+
+
+def rows(x: Tensor, places: Tensor) -> Tensor:
+    """Gather rows [N,K,C] of the flattened batch of [N,T,C]."""
+    return functional.embedding(places, x.flatten(0, 1))
 
 
 class MatrixPlan(nn.Module):
@@ -299,7 +315,7 @@ class MatrixPlan(nn.Module):
 
     def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.r, self.sort = r, sides.sort
+        self.r, self.sides, self.sort = r, sides, sides.sort
         tokens, kept = sides.tokens, sides.proposers - r
         proposes, receives = torch.zeros(tokens, dtype=dtype), torch.zeros(tokens, dtype=dtype)
         proposes[sides.a :: 2], receives[sides.b :: 2] = 1, 1
@@ -319,7 +335,7 @@ class MatrixPlan(nn.Module):
         return nn.Buffer(value, persistent=False)
 
     def forward(self, keys: Tensor, size: Tensor | None) -> Plan:
-        """Read keys [N,T,heads,d] and sizes [N,T]; return the weights [N,T-r,T], new sizes [N,T-r], places [N,T]."""
+        """Read keys [N,T,heads,d] and sizes [N,T,1]; return weights [N,T-r,T], new sizes [N,T-r,1], places [N,T]."""
         metric = keys.mean(2)
         metric = metric / metric.norm(dim=-1, keepdim=True)
         scores = metric @ metric.transpose(1, 2) + self.mask
@@ -334,9 +350,9 @@ class MatrixPlan(nn.Module):
             own = torch.where(self.proposes > 0, ranks - self.r, self.place)
         places = torch.where(merged, receiver, own)
         weights = (places[:, None] == self.rows).to(keys.dtype)
-        weights = weights if size is None else weights * size[:, None]
-        sizes = weights.sum(2)
-        return weights / sizes[:, :, None], sizes, places
+        weights = weights if size is None else weights * size.transpose(1, 2)
+        sizes = weights.sum(2, keepdim=True)
+        return weights / sizes, sizes, places
 
 
 class MatrixMerge(nn.Module):
@@ -354,11 +370,6 @@ class MatrixMerge(nn.Module):
     def places(self, plan: Plan) -> Tensor:
         """Return where each token goes by a plan, int64 [N,T]."""
         return plan[2].long()
-
-
-def rows(x: Tensor, places: Tensor, row: Tensor) -> Tensor:
-    """Gather rows [N,K,C] of [N,T,C] as one Gather of the flattened batch."""
-    return functional.embedding(places + row * x.shape[1], x.flatten(0, 1))
 
 
 class DeployToMe(nn.Module):
@@ -390,7 +401,7 @@ class DeployToMe(nn.Module):
         group = torch.arange(x.shape[1], device=x.device).expand(images.shape[0], -1)
         groups = []
         for block, merging in zip(cast(list[vit.DeployBlock], list(self.blocks)), self.merges, strict=True):
-            bias = size.log()[:, None, None] if size is not None and self.prop_attn else None
+            bias = size.log().transpose(1, 2)[:, None] if size is not None and self.prop_attn else None
             x, keys = block.attend(x, bias)
             if not isinstance(merging, nn.Identity):
                 x, size, plan = merging(x, size, keys, row)
@@ -466,6 +477,9 @@ SYSTEM = System(
     adapt=vit.adapt,
     extra_outputs=extra_outputs,
     keep_fp32=keep_fp32,
+    decisions=DECISIONS,
+    drawing=DRAWING,
+    tuning=tuning(schedule_of),
     flags=(
         Flag(name="r", key="options.r", help="tokens that each block merges away; 0 is the plain model"),
         Flag(

@@ -304,14 +304,14 @@ class DeployHead(nn.Module):
         return 0 if self.pool != "token" else 2 if hasattr(self, "head_dist") else 1
 
     def forward(self, x: Tensor, size: Tensor | None = None) -> Tensor:
-        """Classify; ``size`` [N,T]."""
+        """Classify; ``size`` [N,T,1]."""
         if self.pool == "token" and not hasattr(self, "head_dist"):
             return self.head(self.norm(x[:, 0]))
         x = self.norm(x[:, :2] if self.pool == "token" else x)
         if self.pool == "token":
             return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) * 0.5
         if self.pool == "weighted" and size is not None:
-            pooled = (size[:, None, self.prefix :] @ x[:, self.prefix :]).squeeze(1) / self.patches
+            pooled = (size[:, self.prefix :] * x[:, self.prefix :]).sum(1) / self.patches
         else:
             pooled = x[:, self.prefix :].mean(1)
         return self.head(self.fc_norm(pooled))
