@@ -143,8 +143,19 @@ def test_an_interleaved_measurement_replaces_the_records(tiny_bundle, variant_of
         silent(tiny_bundle, b, measured=measured(1.1, 0.02), fail_if=["throughput<-5%"])
 
 
-def test_measure_times_both_now(tiny_bundle, variant_of, tmp_path):
-    copy = shutil.copytree(tiny_bundle, tmp_path / "other")
+@pytest.fixture
+def quick(tiny_bundle, tmp_path):
+    """Two copies of the bundle that ask for five rounds."""
+    run = read_manifest(tiny_bundle)
+    bench = {**run.recipe["bench"], "rounds": 5, "warmup_seconds": 0.05}
+    copies = [shutil.copytree(tiny_bundle, tmp_path / name) for name in ("a", "b")]
+    for copy in copies:
+        write_manifest(dataclasses.replace(run, recipe={**run.recipe, "bench": bench}), copy)
+    return copies
+
+
+def test_measure_times_both_now(quick):
+    tiny_bundle, copy = quick
     result = effdeploy("diff", tiny_bundle, copy, "--measure", "--seconds", "0.3", "--fail-if", "latency>300%")
     assert result.exit_code == 0, result.stderr
     assert "gate latency>300%: passed" in result.stdout
@@ -152,11 +163,9 @@ def test_measure_times_both_now(tiny_bundle, variant_of, tmp_path):
     assert "threads, this process has" not in result.stderr
 
 
-def test_more_threads_than_cores_is_said(tiny_bundle, tmp_path):
-    copy = shutil.copytree(tiny_bundle, tmp_path / "other")
-    cores = read_manifest(tiny_bundle).environment.cores
-    options = ("--measure", "--seconds", "0.05", "--threads", cores + 1)
-    result = effdeploy("diff", tiny_bundle, copy, *options)
+def test_more_threads_than_cores_is_said(quick):
+    cores = read_manifest(quick[0]).environment.cores
+    result = effdeploy("diff", *quick, "--measure", "--seconds", "0.05", "--threads", cores + 1)
     assert result.exit_code == 0, result.stderr
     assert f"was set to {cores + 1} threads, this process has {cores} cores" in result.stderr
 

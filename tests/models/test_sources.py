@@ -552,7 +552,7 @@ def test_a_file_of_a_repository_is_chosen_only_where_there_is_no_choice():
 
 # ------------------------------------------------------------------------------------------------------- down the road
 
-TINY = ("export", "riformer", "--variant", "tiny", "--until", "engine")
+TINY = ("export", "riformer", "--variant", "tiny", "--size", "32", "--until", "engine")
 
 
 @pytest.fixture(scope="module")
