@@ -10,7 +10,7 @@ from deploy.errors import UnknownNameError, did_you_mean
 if TYPE_CHECKING:
     from deploy.models.base import System
 
-SYSTEMS = ("riformer", "tome", "convmixer", "alternet", "castling", "rtdetr")
+SYSTEMS = ("riformer", "tome", "convmixer", "alternet", "castling", "rtdetr", "sparseformer")
 
 
 def find_system(name: str) -> System:

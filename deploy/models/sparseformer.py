@@ -101,7 +101,7 @@ class AdaptiveMixing(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Mix channels, then points."""
         made = self.parameter_generator(tokens)
-        channel, spatial = made.split([self.channels**2, self.points**2], -1)
+        channel, spatial = torch.split(made, [self.channels**2, self.points**2], -1)
         x = functional.gelu(x @ channel.reshape(*made.shape[:2], self.channels, self.channels) + self.m_beta)
         spatial = spatial.reshape(*made.shape[:2], self.points, self.points)
         x = functional.gelu(spatial @ x + self.s_beta[:, None])
@@ -211,11 +211,11 @@ class DeployMixing(nn.Module):
         super().__init__()
         c, p = self.channels, self.points = mixing.channels, mixing.points
         made = cast(nn.Linear, mixing.parameter_generator[2])
-        weights, biases = made.weight.split([c * c, p * p]), made.bias.split([c * c, p * p])
+        weights, biases = torch.split(made.weight, [c * c, p * p]), torch.split(made.bias, [c * c, p * p])
         self.channel = vit.linear(_transposed(weights[0], c), _transposed(biases[0], c))
         self.spatial = vit.linear(_transposed(weights[1], p), _transposed(biases[1], p))
         self.m_beta, self.s_beta = vit.frozen(mixing.m_beta[:, None]), vit.frozen(mixing.s_beta)
-        reordered = mixing.out_proj.weight.unflatten(1, (p, c)).transpose(1, 2).flatten(1)
+        reordered = mixing.out_proj.weight.reshape(-1, p, c).transpose(1, 2).flatten(1)
         self.out_proj = vit.linear(reordered, mixing.out_proj.bias)
 
     def matrices(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +233,7 @@ class DeployMixing(nn.Module):
 
 def _transposed(rows: Tensor, side: int) -> Tensor:
     """Reorder the rows that make a square matrix so that they make its transpose."""
-    return rows.unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)
+    return rows.reshape(side, side, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)
 
 
 class Rois(nn.Module):
@@ -248,7 +248,7 @@ class Rois(nn.Module):
 
         The offsets come without their mean.
         """
-        move, grow, offsets = asked.split([2, 2, 2 * self.points], -1)
+        move, grow, offsets = torch.split(asked, [2, 2, 2 * self.points], -1)
         centre, size = centre + move * size, size * grow.exp()
         offsets = offsets.reshape(-1, offsets.shape[1], self.points, 2)
         spread = ((offsets * offsets).sum(2) / (self.points - 1)).sqrt()
@@ -284,7 +284,7 @@ def _without_gain(layers: nn.Sequential) -> tuple[Tensor, Tensor]:
 
 def _centred(rows: Tensor, points: int) -> Tensor:
     """Take the mean over the points off rows [2 * points, ...]."""
-    split = rows.unflatten(0, (points, 2))
+    split = rows.reshape(points, 2, *rows.shape[1:])
     return (split - split.mean(0, keepdim=True)).flatten(0, 1)
 
 
@@ -404,10 +404,10 @@ def pad_heads(attention: vit.DeployAttention) -> None:
         return
     for name in ("q", "k", "v"):
         layer = cast(nn.Linear, getattr(attention, name))
-        weight = functional.pad(layer.weight.unflatten(0, (heads, -1)), (0, 0, 0, missing)).flatten(0, 1)
-        bias = functional.pad(layer.bias.unflatten(0, (heads, -1)), (0, missing)).flatten()
+        weight = functional.pad(layer.weight.reshape(heads, -1, layer.in_features), (0, 0, 0, missing)).flatten(0, 1)
+        bias = functional.pad(layer.bias.reshape(heads, -1), (0, missing)).flatten()
         setattr(attention, name, vit.linear(weight, bias))
-    columns = functional.pad(attention.proj.weight.unflatten(1, (heads, -1)), (0, missing)).flatten(1)
+    columns = functional.pad(attention.proj.weight.reshape(width, heads, -1), (0, missing)).flatten(1)
     attention.proj = vit.linear(columns, attention.proj.bias)
 
 
@@ -474,7 +474,7 @@ def random(state: State) -> State:
             found[key] = value * 0.2
         elif key.endswith("parameter_generator.2.weight"):
             channels, points = (len(state[key.replace("parameter_generator.2.weight", f"{x}_beta")]) for x in "ms")
-            channel, spatial = value.split([channels**2, points**2])
+            channel, spatial = torch.split(value, [channels**2, points**2])
             found[key] = torch.cat((channel / channels**0.5, spatial / points**0.5))
         elif key.endswith("roi_offset_bias"):
             found[key] = value * 10
