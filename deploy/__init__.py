@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deploy.answers import ConversionRecord as ConversionRecord
     from deploy.answers import PlanRecord as PlanRecord
+    from deploy.answers import ShowRecord as ShowRecord
     from deploy.answers import SystemRecord as SystemRecord
+    from deploy.answers import TuneRecord as TuneRecord
     from deploy.api import benchmark as benchmark
     from deploy.api import build as build
     from deploy.api import convert as convert
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from deploy.api import inspect as inspect
     from deploy.api import plan as plan
     from deploy.api import render as render
+    from deploy.api import show as show
     from deploy.api import systems as systems
+    from deploy.api import tune as tune
     from deploy.api import verify as verify
     from deploy.comparing import BundleDiff as BundleDiff
     from deploy.console import Console as Console
@@ -52,9 +56,10 @@ __version__ = "0.1.0"
 
 # Where each public name lives. No function has the name of a submodule: importing that would take its place.
 _HOMES = {
-    "deploy.answers": ("ConversionRecord", "PlanRecord", "SystemRecord"),
+    "deploy.answers": ("ConversionRecord", "PlanRecord", "ShowRecord", "SystemRecord", "TuneRecord"),
     "deploy.api": (
-        "benchmark", "build", "convert", "diagnose", "diff", "export", "inspect", "plan", "render", "systems", "verify",
+        "benchmark", "build", "convert", "diagnose", "diff", "export", "inspect", "plan", "render", "show", "systems",
+        "tune", "verify",
     ),
     "deploy.comparing": ("BundleDiff",),
     "deploy.console": ("Console", "Mode"),

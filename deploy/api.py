@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploy.choosing import show as show
+from deploy.choosing import tune as tune
 from deploy.keywords import (
     Assignments,
     Names,

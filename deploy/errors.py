@@ -20,7 +20,8 @@ EffdeployError (1)
 ├── ImageError (18)                 an image folder or file that cannot be used
 ├── StorageError (19)               no space, no permission, a folder in the way
 ├── DownloadError (20)              weights that cannot be fetched, or that are not what was pinned
-└── GateError (21)                  a --fail-if gate of diff fired
+├── GateError (21)                  a --fail-if gate of diff fired
+└── TuningError (22)                no schedule does what tune was asked for
 ```
 
 Exit code 2 belongs to the command-line parser (usage), 130 to Ctrl-C. A code is never reused: scripts depend on it.
@@ -164,6 +165,12 @@ class GateError(EffdeployError):
     """A gate that the user set with --fail-if fired."""
 
     exit_code = 21
+
+
+class TuningError(EffdeployError):
+    """No schedule that was measured does what ``tune`` was asked for."""
+
+    exit_code = 22
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,97 @@
+"""The functions of ``deploy.api`` for networks that choose: which schedule to run, and what an engine chose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.keywords import Assignments, PathLike, Size, console_or_silence, path_of, recipe_of
+
+if TYPE_CHECKING:
+    from deploy.answers import ShowRecord, TuneRecord
+    from deploy.console import Console
+
+
+def tune(
+    system: PathLike,
+    *,
+    target_speedup: float | None = None,
+    max_drift: float | None = None,
+    variant: str | None = None,
+    weights: PathLike | None = None,
+    size: Size | None = None,
+    batch: int | str | None = None,
+    backend: str | None = None,
+    images: PathLike | None = None,
+    seconds: float | None = None,
+    threads: int | None = None,
+    set_: Assignments = (),
+    out: PathLike | None = None,
+    console: Console | None = None,
+) -> TuneRecord:
+    """Search schedules on this machine and write the chosen one as a recipe: ``effdeploy tune``.
+
+    Args:
+        system: A system whose network takes a schedule (see ``systems``), or a recipe file (``*.yaml``).
+        target_speedup: At least so many times as fast as without a schedule; then the least drift is chosen.
+        max_drift: At most this relative L2 distance of the outputs; without ``target_speedup`` the fastest is chosen.
+        variant: As for ``export``, like ``weights``, ``size``, ``batch``, ``backend`` and ``set_``.
+        weights: See ``variant``.
+        size: See ``variant``.
+        batch: See ``variant``; the optimum of a range is timed.
+        backend: See ``variant``.
+        images: Folder of photos over which drift is measured; drawn images otherwise.
+        seconds: Measure at least this long per candidate.
+        threads: CPU threads of every candidate while measuring.
+        set_: See ``variant``.
+        out: The recipe file; the plot lies beside it. Default: ``<system>-<variant>-tuned.yaml`` in the current folder.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        Every schedule that was timed, what layers took, and the chosen schedule.
+
+    Raises:
+        RecipeError: Neither goal was given, or a value that cannot be.
+        UnknownNameError: The system has no schedule.
+        TuningError: No schedule does what was asked.
+    """
+    from deploy.tuning import Goal, tune_recipe
+
+    goal = Goal(speedup=target_speedup, drift=max_drift)
+    recipe = recipe_of(
+        system, variant=variant, weights=weights, size=size, batch=batch, precision=None, backend=backend, target=None,
+        sm=None, device=None, images=images, baseline=None, seconds=seconds, threads=threads, set_=set_,
+        verify_each=False,
+    )  # fmt: skip
+    path = path_of(out) or Path(f"{recipe.system}-{recipe.variant}-tuned.yaml")
+    return tune_recipe(recipe, goal, path, console_or_silence(console))
+
+
+def show(
+    bundle: PathLike,
+    photo: PathLike,
+    *,
+    out: PathLike | None = None,
+    weights: PathLike | None = None,
+    console: Console | None = None,
+) -> ShowRecord:
+    """Draw what a bundle's engine did with a photo, beside PyTorch: ``effdeploy show``.
+
+    Args:
+        bundle: Bundle folder.
+        photo: Image file.
+        out: PNG file; default: named after photo and bundle, in the current folder.
+        weights: As for ``verify``.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        What was drawn, with how far both runs agree.
+
+    Raises:
+        UnknownNameError: The system has nothing to draw.
+        BundleError: The engine does not give the outputs that are drawn, or a file was changed.
+        ImageError: The photo cannot be read.
+    """
+    from deploy.showing import show_photo
+
+    return show_photo(Path(bundle), Path(photo), console_or_silence(console), out=path_of(out), weights=weights)
