@@ -84,17 +84,14 @@ def test_the_command_line_meets_the_official_logits(name, tmp_path):
     case, out = case_of(name), tmp_path / "bundle"
     result = effdeploy(
         "export", "sparseformer", "--variant", "t", "--weights", case.save(tmp_path / "official.pth"), "--batch", 2,
-        "--fp16", "--until", "parity", "--out", out,
+        "--until", "engine", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.stdout + result.stderr
     run = read_manifest(out)
     assert f"{CASES[name][1]} layout" in result.stdout
-    limits = {run.passes.artifact: LIMIT, run.precision.artifact: run.parity.tolerances["fp16"].max_relative}
-    for artifact, limit in limits.items():
-        with open_model(out / artifact.name, BuildOptions(threads=1)) as runner:
-            got = runner.infer({"images": case.images})["logits"]
-        assert abs(got - case.logits).max() <= limit * abs(case.logits).max()
-    assert all(c.top1 == 1.0 for c in run.parity.comparisons)
+    with open_model(out / run.engines[0].artifact.name, BuildOptions(threads=1)) as runner:
+        got = runner.infer({"images": case.images})["logits"]
+    assert abs(got - case.logits).max() <= LIMIT * abs(case.logits).max()
 
 
 PARAMETERS = {"t": 32, "s": 48, "b": 81}  # millions, as the release prints them
