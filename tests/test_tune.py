@@ -108,6 +108,7 @@ def run(tmp_path_factory):
     return folder, json.loads(result.stdout.splitlines()[-1])["record"]
 
 
+@pytest.mark.slow
 def test_what_was_measured(run):
     _, record = run
     schedules = record["schedules"]
@@ -127,6 +128,7 @@ def test_what_was_measured(run):
     assert record["weights"].startswith("weights: random")
 
 
+@pytest.mark.slow
 def test_the_plot_is_there(run):
     _, record = run
     text = Path(record["plot"]).read_text()
@@ -134,6 +136,7 @@ def test_the_plot_is_there(run):
     assert all(s["name"] in text for s in record["schedules"])
 
 
+@pytest.mark.slow
 def test_the_recipe_exports_the_chosen_schedule(run, tmp_path):
     folder, record = run
     result = effdeploy("export", folder / "tuned.yaml", "--until", "trace", "--out", tmp_path / "b")
@@ -144,6 +147,7 @@ def test_the_recipe_exports_the_chosen_schedule(run, tmp_path):
     assert manifest.model.size == (448, 448)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_reached_ends_with_its_own_code(tmp_path):
     out = tmp_path / "none.yaml"
     result = effdeploy(
