@@ -19,6 +19,8 @@ from deploy.models.decisions import DecidingModel
 from deploy.parity.decisions import DecidingFile, check_decisions, leaving, with_decisions
 from deploy.precision.emulate import emulated
 from deploy.records import Precision, Target
+from deploy.report.blocks import Details
+from deploy.report.parity import parity as report_parity
 from deploy.resolve import parity_inputs, resolve_recipe
 
 SYSTEM = find_system("tome")
@@ -60,6 +62,9 @@ def test_an_export_holds_arithmetic_and_decisions_apart(exported):
     modules = [name for name, module in loaded.deploy.named_modules() if name.endswith(".plan")]
     assert [c.module for c in parity.decisions if c.stage == "fp16, rounded"] == modules
     assert all(c.ok and c.margin <= c.limit and 0 < c.same <= 1 for c in parity.decisions)
+    assert parity.comparisons[-1].stage in ("engine", "fp16, rounded")  # what ships stays the last one
+    folded = [b.summary for b in report_parity(read_manifest(out)).blocks if isinstance(b, Details)]
+    assert f"{len(parity.decisions)} checks of decisions" in folded
 
 
 def test_the_unspoilt_graph_passes(exported):
