@@ -40,7 +40,7 @@ from deploy.errors import RecipeError
 from deploy.models import vit
 from deploy.models.base import Form, System, Variant
 from deploy.models.checkpoint import State, WeightMap
-from deploy.models.rtdetr.sampling import BILINEAR, GatherSampling
+from deploy.models.rtdetr.sampling import BILINEAR, FIXED
 from deploy.records import Target
 
 HEAD_CHANNELS = 16  # the narrowest head that TensorRT has a fused kernel for
@@ -288,38 +288,6 @@ def _centred(rows: Tensor, points: int) -> Tensor:
     return (split - split.mean(0, keepdim=True)).flatten(0, 1)
 
 
-class FixedGrid(nn.Module):
-    """``GridSample`` at constant points: the batch goes into the channels, since a grid has as many rows as the map."""
-
-    def __init__(self, grid: Tensor, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.grid = nn.Buffer(grid.clone(), persistent=False)
-        self.sampling = BILINEAR["grid_sample"]([size], [1])
-
-    def forward(self, image_map: Tensor) -> Tensor:
-        """Sample [N,C,H,W] to [N,C,points]."""
-        merged = image_map.reshape(1, -1, *image_map.shape[2:])
-        return self.sampling([merged], self.grid, None).reshape(-1, image_map.shape[1], self.grid.shape[1])
-
-
-class FixedGather(nn.Module):
-    """Four corners at constant places."""
-
-    def __init__(self, grid: Tensor, size: tuple[int, int]) -> None:
-        super().__init__()
-        sampling = GatherSampling([size], [1])
-        index, fraction = sampling.locate(grid)
-        self.index = nn.Buffer(index.flatten(), persistent=False)
-        self.weights = nn.Buffer(sampling.bilinear(fraction, None).to(grid.dtype), persistent=False)
-
-    def forward(self, image_map: Tensor) -> Tensor:
-        """Sample [N,C,H,W] to [N,C,points]."""
-        padded = GatherSampling.bordered(image_map)
-        taken = padded.index_select(2, self.index).reshape(-1, padded.shape[1], self.weights.shape[2], 4)
-        return (taken * self.weights).sum(3)
-
-
-FIXED = {"grid_sample": FixedGrid, "gather": FixedGather}
 SAMPLING = {Target.ONNXRUNTIME: "grid_sample", Target.TENSORRT: "gather"}
 
 

@@ -18,7 +18,8 @@ from deploy.graph.io import load_model as load_onnx
 from deploy.graph.io import op_counts
 from deploy.models import find_system, vit
 from deploy.models.base import empty_state, example_inputs, load_model
-from deploy.models.sparseformer import FixedGather, FixedGrid, from_imagenet, from_library, pad_heads, to_imagenet
+from deploy.models.rtdetr.sampling import FIXED
+from deploy.models.sparseformer import from_imagenet, from_library, pad_heads, to_imagenet
 from deploy.records import Target
 from deploy.resolve import resolve_recipe
 
@@ -127,7 +128,7 @@ def test_both_samplings_are_the_definition(size):
     image_map = torch.randn(2, 3, *size, generator=draw, dtype=torch.float64)
     grid = torch.rand(1, 50, 1, 2, generator=draw, dtype=torch.float64) * 3 - 1.5  # a third lies outside
     expected = torch.nn.functional.grid_sample(image_map, grid.expand(2, -1, -1, -1), align_corners=False).squeeze(3)
-    for form in (FixedGrid, FixedGather):
+    for form in FIXED.values():
         assert abs(form(grid, size)(image_map) - expected).max() < 1e-12
         assert abs(form(grid + 0.01, size)(image_map) - expected).max() > 1e-3  # negative control
 

@@ -158,3 +158,37 @@ KNOWN_BAD: Mapping[str, str] = {
 
 Sampling = Callable[[Sequence[MapSize], Sequence[int]], nn.Module]
 BILINEAR: Mapping[str, Sampling] = {"grid_sample": GridSampling, "gather": GatherSampling}
+
+
+class FixedGrid(nn.Module):
+    """``GridSample`` at constant points: the batch goes into the channels, since a grid has as many rows as the map."""
+
+    def __init__(self, grid: Tensor, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = nn.Buffer(grid.clone(), persistent=False)
+        self.sampling = BILINEAR["grid_sample"]([size], [1])
+
+    def forward(self, image_map: Tensor) -> Tensor:
+        """Sample [N,C,H,W] to [N,C,points]."""
+        merged = image_map.reshape(1, -1, *image_map.shape[2:])
+        return self.sampling([merged], self.grid, None).reshape(-1, image_map.shape[1], self.grid.shape[1])
+
+
+class FixedGather(nn.Module):
+    """Four corners at constant places."""
+
+    def __init__(self, grid: Tensor, size: tuple[int, int]) -> None:
+        super().__init__()
+        sampling = GatherSampling([size], [1])
+        index, fraction = sampling.locate(grid)
+        self.index = nn.Buffer(index.flatten(), persistent=False)
+        self.weights = nn.Buffer(sampling.bilinear(fraction, None).to(grid.dtype), persistent=False)
+
+    def forward(self, image_map: Tensor) -> Tensor:
+        """Sample [N,C,H,W] to [N,C,points]."""
+        padded = GatherSampling.bordered(image_map)
+        taken = padded.index_select(2, self.index).reshape(-1, padded.shape[1], self.weights.shape[2], 4)
+        return (taken * self.weights).sum(3)
+
+
+FIXED = {"grid_sample": FixedGrid, "gather": FixedGather}
