@@ -315,15 +315,23 @@ def read_manifest(folder: Path) -> RunRecord:
     if not path.is_file():
         if folder.is_file():
             raise BundleError(f"{folder} is a file, expected a bundle folder", hint=f"{folder.parent}, if that is one")
-        raise BundleError(
-            f"{folder} is not a bundle: it has no {MANIFEST}", hint="effdeploy export ... --out " + str(folder)
-        )
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint=_bundles_near(folder))
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}", hint="export again") from error
     _require_schema(path, data)
     return from_json(RunRecord, data)
+
+
+def _bundles_near(folder: Path) -> str:
+    """Say which bundles lie in the folder, or else beside it, newest first; or how to make one."""
+    for place in (folder, folder.parent):
+        with contextlib.suppress(OSError):
+            found = sorted(place.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime, reverse=True)
+            if found:
+                return "bundles there: " + ", ".join(str(p.parent) for p in found[:5])
+    return f"effdeploy export SYSTEM --out {folder}"
 
 
 def _require_schema(path: Path, data: Any) -> None:

@@ -23,7 +23,7 @@ from pydantic import (
     ValidationError,
     field_validator,
     model_validator,
-)
+)  # fmt: skip
 
 from deploy import units
 from deploy.errors import EffdeployError, RecipeError, SizeError, did_you_mean
@@ -213,7 +213,9 @@ class Mistake:
     place: str = ""
 
     def __str__(self) -> str:
-        return f"{self.place}: {'.'.join(self.keys)}: {self.text}"
+        key = ".".join(self.keys)
+        where = self.place if self.place in (f"--{key}", f"--set {key}") else f"{self.place}: {key}"
+        return f"{where}: {self.text}"
 
     def order(self) -> tuple[bool, str, int]:
         """Sort by file and line; options of the command line come last."""

@@ -15,7 +15,7 @@ from deploy.backends import BACKENDS
 from deploy.backends.base import Feeds
 from deploy.bench import BenchOptions
 from deploy.errors import RecipeError, SizeError, UnknownNameError, did_you_mean
-from deploy.models import find_system
+from deploy.models import SYSTEMS, find_system
 from deploy.parity.inputs import InputPack, pack
 from deploy.preprocess import find_images
 from deploy.recipe import (
@@ -130,10 +130,18 @@ def default_name(recipe: Recipe) -> str:
 def recipe_layers(name_or_file: str) -> list[Layer]:
     """Return the layers below the command line: system defaults, the shipped YAML, and a recipe file of the user's."""
     own = [read_yaml(Path(name_or_file))] if name_or_file.endswith((".yaml", ".yml")) else []
-    name = str(own[0].data.get("system")) if own else name_or_file
+    name = _system_of(own[0]) if own else name_or_file
     system = find_system(name)
     shipped = read_yaml(configs_folder() / f"{name}.yaml")
     return [Layer(name="system default", data=system.recipe), shipped, *own]
+
+
+def _system_of(layer: Layer) -> str:
+    if "system" not in layer.data:
+        raise RecipeError(
+            f"{layer.name} names no system", hint=f"add a line `system: NAME`; known: {', '.join(SYSTEMS)}"
+        )
+    return str(layer.data["system"])
 
 
 def tolerances(recipe: Recipe) -> dict[str, Tolerance]:

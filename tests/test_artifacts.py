@@ -161,3 +161,16 @@ def test_a_file_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "x.plan").write_text("")
     with pytest.raises(BundleError, match="is a file, expected a bundle folder"):
         read_manifest(tmp_path / "x.plan")
+
+
+def test_what_is_no_bundle_names_the_bundles_there(tmp_path: Path) -> None:
+    whole = tmp_path / "engines" / "whole"
+    whole.mkdir(parents=True)
+    write_manifest(sample.full_run(), whole)
+    for wrong in (whole.parent, whole.parent / "hole"):
+        with pytest.raises(BundleError, match="is not a bundle") as caught:
+            read_manifest(wrong)
+        assert str(whole) in caught.value.hint
+    with pytest.raises(BundleError, match="is not a bundle") as nothing:
+        read_manifest(tmp_path / "none" / "at" / "all")
+    assert "effdeploy export" in nothing.value.hint

@@ -45,6 +45,23 @@ def test_sections_merge_key_by_key():
     assert recipe.bench.threads == 4
 
 
+def test_a_recipe_without_a_system_says_so(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("variant: s12\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml names no system") as caught:
+        resolve_recipe(str(path))
+    assert all(name in caught.value.hint for name in SYSTEMS)
+
+
+def test_a_flag_that_names_the_key_says_it_once():
+    with pytest.raises(SizeError, match=r"--size: got 'abc'"):
+        resolve_recipe("riformer", {"size": ("--size", "abc")})
+    with pytest.raises(RecipeError, match=r"--set foo: no such key"):
+        resolve_recipe("riformer", assignments=["foo=1"])
+    with pytest.raises(UnknownNameError, match=r"--backend: engine\.backend: "):
+        resolve_recipe("riformer", {"engine.backend": ("--backend", "tensorr")})
+
+
 def test_all_mistakes_come_at_once_with_their_places(tmp_path):
     text = "size: 12a\nbatchh: 3\nengine:\n  backend: 4\n  sm: [a]\nvariants:\n  s12: {}\n  s24: {presision: fp16}\n"
     with pytest.raises(RecipeError) as caught:
@@ -58,7 +75,7 @@ def test_all_mistakes_come_at_once_with_their_places(tmp_path):
         "mine.yaml:5: engine.backend",
         "mine.yaml:6: engine.sm.0",
         "mine.yaml:9: presision: no such key; did you mean 'precision'?",
-        "--set bench.threads: bench.threads",
+        "--set bench.threads: Input",
     ):
         assert expected in found
     assert caught.value.exit_code == 3
