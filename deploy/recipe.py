@@ -33,14 +33,6 @@ Keys = tuple[str, ...]
 SCHEMA = "recipe.schema.json"
 
 
-def parse_size(value: Any) -> tuple[int, int]:
-    """Read 224, "224", "384x512" (height x width) or [384, 512]."""
-    parts = [str(v) for v in value] if isinstance(value, (list, tuple)) else str(value).lower().split("x")
-    if len(parts) not in (1, 2) or not all(re.fullmatch(r"[1-9][0-9]{0,4}", p) for p in parts):
-        raise ValueError(f"got {value!r}, expected a side such as 224 or HEIGHTxWIDTH such as 384x512")
-    return int(parts[0]), int(parts[-1])
-
-
 def _parse_batch(value: Any) -> Batch:
     if isinstance(value, Batch):
         return value
@@ -52,7 +44,7 @@ def _parse_batch(value: Any) -> Batch:
 
 Size = Annotated[
     tuple[int, int],
-    BeforeValidator(parse_size, json_schema_input_type=int | str),
+    BeforeValidator(units.size_of, json_schema_input_type=int | str),
     PlainSerializer(lambda s: f"{s[0]}x{s[1]}", return_type=str),
 ]
 Bytes = Annotated[int, BeforeValidator(units.bytes_of, json_schema_input_type=int | str)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploy import units
 from deploy.backends import BACKENDS
 from deploy.backends.base import Feeds
 from deploy.bench import BenchOptions
@@ -25,7 +26,6 @@ from deploy.recipe import (
     configs_folder,
     layer_of_assignments,
     layer_of_options,
-    parse_size,
     read_yaml,
     resolve,
 )
@@ -75,7 +75,7 @@ def _mistakes(system: System, merged: Mapping[str, Any]) -> Iterator[Mistake]:
 
     with contextlib.suppress(ValueError):  # a size that is none was found by its type
         try:
-            check_size(system, parse_size(merged.get("size")))
+            check_size(system, units.size_of(merged.get("size")))
         except SizeError as error:
             text = f"{error.message.removeprefix('size: ')}; {error.hint}"
             yield Mistake(keys=("size",), text=text, kind=SizeError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 NOT_MEASURED = "not measured"
 
@@ -119,6 +120,14 @@ def cosine(value: float | None) -> str:
 def ratio(median: float, p10: float, p90: float) -> str:
     """Format a ratio with its spread: ``1.07x (1.05 to 1.09)``."""
     return f"{number(median)}x ({number(p10)} to {number(p90)})"
+
+
+def size_of(value: Any) -> tuple[int, int]:
+    """Read 224, "224", "384x512" (height x width) or [384, 512]."""
+    parts = [str(v) for v in value] if isinstance(value, (list, tuple)) else str(value).lower().split("x")
+    if len(parts) not in (1, 2) or not all(re.fullmatch(r"[1-9][0-9]{0,4}", p) for p in parts):
+        raise ValueError(f"got {value!r}, expected a side such as 224 or HEIGHTxWIDTH such as 384x512")
+    return int(parts[0]), int(parts[-1])
 
 
 def _with_unit(value: float | None, unit: str) -> str:
