@@ -31,7 +31,9 @@ def test_list_shows_systems_variants_and_figures():
     assert result.exit_code == 0
     for words in ("riformer", "s12", "m48", "11.9", "1.81", "arXiv 2304.05659"):
         assert words in result.stdout
-    assert "tiny" not in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["m48"] in [row[:1] for row in rows]
+    assert ["tiny"] not in [row[:1] for row in rows]
 
 
 def test_a_bundle_is_whole(tiny_bundle):
