@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import THREADS, arguments, bare, on_the_road, race, write_results
+from common import THREADS, arguments, bare, figures, on_the_road, race, write_results
 
 from deploy.backends import load_backend
 from deploy.backends.base import BuildOptions
 from deploy.models import find_system
 from deploy.models.base import Loaded, example_inputs, load_model, resolve_options
 from deploy.precision.convert import convert_precision
-from deploy.records import Batch, Precision, Target, to_json
+from deploy.records import Batch, Precision, Target
 from deploy.resolve import resolve_recipe
 
 SYSTEM, VARIANTS = "alternet", ("50", "18")
@@ -41,14 +41,7 @@ def cpu(variant: str, batch: int, rounds: int, folder: Path) -> dict[str, object
         "authors' form, bare export": bare(ours.reference, images, folder / f"bare{name}"),
         "TensorRT's form": on_the_road(other.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"tokens{name}"),
     }
-    record = race(graphs, images, rounds)
-    for ratio in record.ratios:
-        print(f"{name}: {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")
-    return {
-        "ratios": to_json(record.ratios),
-        "p50_ms": {c.name: c.p50 for c in record.latencies},
-        "method": record.method,
-    }
+    return figures(race(graphs, images, rounds), name)
 
 
 def kernels(folder: Path) -> dict[str, object] | str:

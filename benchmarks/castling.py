@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import arguments, bare, on_the_road, race, write_results
+from common import arguments, bare, figures, on_the_road, race, write_results
 
 from deploy.backends import load_backend
 from deploy.backends.base import BuildOptions
 from deploy.models import find_system
 from deploy.models.base import Loaded, example_inputs, load_model
 from deploy.precision.convert import convert_precision
-from deploy.records import Batch, Precision, Target, to_json
+from deploy.records import Batch, Precision, Target
 from deploy.resolve import resolve_recipe
 
 SIZES = (224, 384, 512, 768)
@@ -47,14 +47,9 @@ def cpu(size: int, rounds: int, folder: Path) -> dict[str, object]:
         "softmax DeiT-S, same road": on_the_road(theirs.deploy, spec, 1, Target.ONNXRUNTIME, folder / f"deit{size}"),
         "castling training form, bare export": bare(ours.reference, images, folder / f"bare{size}"),
     }
-    record = race(graphs, images, rounds)
-    for ratio in record.ratios:
-        print(f"{size} px: {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")
     return {
         "tokens": (size // 16) ** 2 + 1,
-        "ratios": to_json(record.ratios),
-        "p50_ms": {c.name: c.p50 for c in record.latencies},
-        "method": record.method,
+        **figures(race(graphs, images, rounds), f"{size} px"),
     }
 
 

@@ -63,6 +63,17 @@ def race(graphs: Mapping[str, Path], images: np.ndarray, rounds: int) -> BenchRe
         )
 
 
+def figures(record: BenchRecord, label: str) -> dict[str, object]:
+    """Print the ratios of a race, and return what its result file keeps."""
+    for ratio in record.ratios:
+        print(f"{label}: {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")
+    return {
+        "ratios": to_json(record.ratios),
+        "p50_ms": {candidate.name: candidate.p50 for candidate in record.latencies},
+        "method": record.method,
+    }
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     """Return the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)

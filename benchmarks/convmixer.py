@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from common import THREADS, arguments, bare, on_the_road, race, write_results
+from common import THREADS, arguments, bare, figures, on_the_road, race, write_results
 
 from deploy.models import find_system
 from deploy.models.base import Loaded, example_inputs, load_model
-from deploy.records import Target, to_json
+from deploy.records import Target
 from deploy.resolve import resolve_recipe
 
 SYSTEM, VARIANT = "convmixer", "1024_20"
@@ -38,13 +38,8 @@ def against_bare(ours: Loaded, batch: int, rounds: int, folder: Path) -> dict[st
         "deploy": on_the_road(ours.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"ours{batch}"),
         "official form, bare export": bare(ours.reference, images, folder / f"bare{batch}"),
     }
-    record = race(graphs, images, rounds)
-    for ratio in record.ratios:
-        print(f"batch {batch}: {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")
     return {
-        "ratios": to_json(record.ratios),
-        "p50_ms": {c.name: c.p50 for c in record.latencies},
-        "method": record.method,
+        **figures(race(graphs, images, rounds), f"batch {batch}"),
         "profile": profile(graphs["deploy"], images, rounds, folder),
     }
 

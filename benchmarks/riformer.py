@@ -14,7 +14,7 @@ from pathlib import Path
 
 import timm
 import torch
-from common import arguments, bare, on_the_road, race, write_results
+from common import arguments, bare, figures, on_the_road, race, write_results
 from torch import nn
 
 from deploy.backends import load_backend
@@ -23,7 +23,7 @@ from deploy.models import find_system
 from deploy.models.base import example_inputs, load_model
 from deploy.models.weights import random_state
 from deploy.precision.convert import convert_precision
-from deploy.records import Batch, Precision, Target, to_json
+from deploy.records import Batch, Precision, Target
 from deploy.resolve import resolve_recipe
 
 
@@ -42,14 +42,7 @@ def cpu(batch: int, rounds: int, folder: Path) -> dict[str, object]:
         "riformer training form, bare export": bare(ours.reference, images, folder / f"bare{batch}"),
         "poolformer, same road": on_the_road(poolformer(), spec, batch, Target.ONNXRUNTIME, folder / f"pool{batch}"),
     }
-    record = race(graphs, images, rounds)
-    for ratio in record.ratios:
-        print(f"batch {batch}: {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")
-    return {
-        "ratios": to_json(record.ratios),
-        "p50_ms": {c.name: c.p50 for c in record.latencies},
-        "method": record.method,
-    }
+    return figures(race(graphs, images, rounds), f"batch {batch}")
 
 
 def kernels(folder: Path) -> dict[str, int] | str:

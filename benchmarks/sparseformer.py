@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import arguments, bare, on_the_road, race, write_results
+from common import arguments, bare, figures, on_the_road, race, write_results
 
 from deploy.backends import load_backend
 from deploy.backends.base import BuildOptions
 from deploy.models import find_system
 from deploy.models.base import Loaded, example_inputs, load_model
 from deploy.precision.convert import convert_precision
-from deploy.records import Batch, Precision, Target, to_json
+from deploy.records import Batch, Precision, Target
 from deploy.resolve import resolve_recipe
 
 BUILDS = {
@@ -45,14 +45,7 @@ def cpu(batch: int, rounds: int, folder: Path) -> dict[str, object]:
         "training form, bare export": bare(ours.reference, images, folder / f"bare{batch}"),
         "deploy with gather": on_the_road(gather.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"gather{batch}"),
     }
-    record = race(graphs, images, rounds)
-    for ratio in record.ratios:
-        print(f"batch {batch}: {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")
-    return {
-        "ratios": to_json(record.ratios),
-        "p50_ms": {c.name: c.p50 for c in record.latencies},
-        "method": record.method,
-    }
+    return figures(race(graphs, images, rounds), f"batch {batch}")
 
 
 def kernels(folder: Path) -> dict[str, int] | str:

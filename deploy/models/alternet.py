@@ -442,8 +442,8 @@ SYSTEM = System(
     forms={
         Target.ONNXRUNTIME: Form(
             name="folded, windows cut before q, k and v, channels first",
-            reason="1.04 times the speed of the authors' einsum form for 50; q, k and v of the whole map take 0.88, "
-            "tokens as rows of matrix products 0.96 (benchmarks/alternet.py)",
+            reason="small products; ahead of the authors' einsum form by less than the noise of short runs "
+            "(benchmarks/alternet.py)",
         ),
         Target.TENSORRT: Form(
             name="folded, q, k and v of the whole map, then windows as tokens",

@@ -176,12 +176,12 @@ SYSTEM = System(
     forms={
         Target.ONNXRUNTIME: Form(
             name="last batch norm in the head, the others left after their activations",
-            reason="as Mul and Add they cost 8 to 17 %; the one before a depthwise convolution cannot fold (zero "
-            "padding), the one after it could, for 0.98 to 1.00 times the speed",
+            reason="as Mul and Add they would be passes of their own; the one before a depthwise convolution cannot "
+            "fold (zero padding); further folds were not timed here",
         ),
         Target.TENSORRT: Form(
             name="last batch norm in the head, the others left after their activations",
-            reason="fused into the convolutions' kernels: 63 kernels of 1024/20 in FP16, with or without further folds",
+            reason="the form of ONNX Runtime; not compared with others by a build of this project",
         ),
     },
     recipe={"system": "convmixer", "variant": "1024_20", "size": 224},

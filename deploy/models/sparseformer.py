@@ -475,7 +475,7 @@ SYSTEM = System(
     forms={
         Target.ONNXRUNTIME: Form(
             name="first look constant, channels before points, GridSample",
-            reason="a form with Gather takes 1.2 times as long (benchmarks/sparseformer.py)",
+            reason="a form with Gather was slower in short runs (benchmarks/sparseformer.py)",
         ),
         Target.TENSORRT: Form(
             name="first look constant, channels before points, Gather, heads padded to 16",

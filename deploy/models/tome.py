@@ -468,7 +468,7 @@ SYSTEM = System(
         ),
         Target.TENSORRT: Form(
             name="places by counting, merged by one matrix product",
-            reason="6 kernels per merging block in FP16 builds for SM89, and attention stays one kernel a block "
+            reason="6 (tiny) to 10 (DeiT-S) kernels per merging block in FP16 for SM89; attention stays one kernel "
             "(TensorRT-RTX build log, benchmarks/tome.py)",
         ),
     },

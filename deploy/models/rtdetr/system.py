@@ -301,12 +301,12 @@ SYSTEM = System(
     forms={
         Target.ONNXRUNTIME: Form(
             name="composed projections, boxes as logits, GridSample",
-            reason="GridSample is the fastest sampling on ONNX Runtime's CPU provider",
+            reason="GridSample is one operator with a kernel of its own; not timed against the others here",
         ),
         Target.TENSORRT: Form(
             name="composed projections, boxes as logits, sampling by Gather",
             reason="GridSample engines of some TensorRT versions build, run and detect something else "
-            "(deploy.models.rtdetr.sampling.KNOWN_BAD); a Gather is right on all of them",
+            "(deploy.models.rtdetr.sampling.KNOWN_BAD); a Gather form needs no such operator",
         ),
     },
     recipe={"system": "rtdetr", "variant": "r18", "size": 640},
