@@ -241,6 +241,7 @@ def model_precision(model: Path) -> Precision:
 def _recipe_for(run: RunRecord, options: Options, ranges: tuple[Batch, ...]) -> Recipe:
     """Take the bundle's recipe with the engine settings that were asked now."""
     before = layer_of_data(f"manifest of {run.name}", run.recipe)
+    options = _with_backend(options, str(run.recipe.get("engine", {}).get("backend", "")))
     asked: dict[str, tuple[str, Any]] = {
         "engine.sm": ("--sm", ()),
         **{k: v for k, v in options.items() if v[1] is not None},
@@ -254,8 +255,17 @@ def _recipe_for(run: RunRecord, options: Options, ranges: tuple[Batch, ...]) -> 
 
 def _recipe_for_file(options: Options, ranges: tuple[Batch, ...], precision: Precision) -> Recipe:
     """Validate the engine settings as a recipe does; what describes a model is not used, a file is its own model."""
+    options = _with_backend(options)
     about = layer_of_data("model file", {"system": "file", "variant": "file", "size": 1, "precision": precision.value})
     return resolve([about, layer_of_options({**options, **_batch_options(ranges)})])
+
+
+def _with_backend(options: Options, before: str = "") -> Options:
+    """Name the backend where none was asked for: the bundle's own if it builds engines, else TensorRT."""
+    if options.get("engine.backend", ("", None))[1] is not None:
+        return options
+    own = before if before and before != "onnxruntime" else "tensorrt"
+    return {**options, "engine.backend": ("--backend", own)}
 
 
 def _batch_options(ranges: tuple[Batch, ...]) -> dict[str, tuple[str, Any]]:

@@ -18,8 +18,12 @@ def build(
         typer.Argument(help="A bundle's folder, or an ONNX file.", autocompletion=completing.bundles_and_models),
     ],
     backend: Annotated[
-        str, typer.Option(help="tensorrt, tensorrt_rtx or onnxruntime.", autocompletion=completing.backends)
-    ] = "tensorrt",
+        str | None,
+        typer.Option(
+            help="tensorrt, tensorrt_rtx or onnxruntime; default: the bundle's if it builds engines, else tensorrt.",
+            autocompletion=completing.backends,
+        ),
+    ] = None,
     batch: Annotated[
         list[str] | None, typer.Option(help="4, or min:opt:max; repeat it for several optimisation profiles.")
     ] = None,
