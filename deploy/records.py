@@ -6,113 +6,21 @@ whole run: it is the bundle's ``manifest.json``, and reports are drawn from it a
 
 from __future__ import annotations
 
-import enum
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import field
+from typing import Any
 
-from deploy.errors import RecipeError
 from deploy.jsonable import from_json as from_json
 from deploy.jsonable import to_json as to_json
+from deploy.kinds import Artifact as Artifact
+from deploy.kinds import Batch as Batch
+from deploy.kinds import Precision as Precision
+from deploy.kinds import Stage as Stage
+from deploy.kinds import Target as Target
+from deploy.kinds import TensorSpec as TensorSpec
+from deploy.kinds import record as record
 
 SCHEMA_VERSION = 1
-
-T = TypeVar("T")
-
-if typing.TYPE_CHECKING:  # type checkers know a dataclass by its decorator's name only
-    from typing_extensions import dataclass_transform
-
-    @dataclass_transform(kw_only_default=True, frozen_default=True)
-    def record(cls: type[T]) -> type[T]:
-        """Make a frozen, keyword-only, slotted dataclass."""
-else:
-    record = dataclass(frozen=True, kw_only=True, slots=True)
-
-
-class Stage(str, enum.Enum):
-    """The stages of the road, in order."""
-
-    MODEL = "model"
-    TRACE = "trace"
-    PASSES = "passes"
-    PRECISION = "precision"
-    ENGINE = "engine"
-    PARITY = "parity"
-    LATENCY = "latency"
-    REPORT = "report"
-
-    @property
-    def order(self) -> int:
-        """Position on the road, from 0."""
-        return list(Stage).index(self)
-
-
-class Target(str, enum.Enum):
-    """The runtime family that a graph is lowered for; its forms are not interchangeable (docs/architecture.md)."""
-
-    ONNXRUNTIME = "onnxruntime"
-    TENSORRT = "tensorrt"
-
-
-class Precision(str, enum.Enum):
-    """What the network computes in; inputs and outputs stay float32."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-
-@record
-class Artifact:
-    """A file of the bundle: name relative to the bundle, content hash and size in bytes."""
-
-    name: str
-    sha256: str
-    size: int
-
-
-@record
-class TensorSpec:
-    """A graph input or output. A string in ``shape`` is a dynamic axis, e.g. ``"batch"``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@record
-class Batch:
-    """Batch sizes of an engine: fixed when ``min == opt == max``, else a range with the size to tune for."""
-
-    min: int = 1
-    opt: int = 1
-    max: int = 1
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether more than one batch size runs."""
-        return self.min != self.max
-
-    @classmethod
-    def parse(cls, text: str | int) -> Batch:
-        """Read ``"4"`` or ``"1:8:32"`` (min:opt:max).
-
-        Raises:
-            RecipeError: not one or three positive whole numbers in ascending order.
-        """
-        parts = str(text).split(":")
-        if len(parts) not in (1, 3) or not all(p.isascii() and p.isdigit() for p in parts):
-            raise RecipeError(
-                f"batch: got {text!r}, expected one number or min:opt:max", hint="--batch 4 or --batch 1:8:32"
-            )
-        low, opt, high = (int(p) for p in (parts * 3 if len(parts) == 1 else parts))
-        if not 1 <= low <= opt <= high:
-            raise RecipeError(f"batch: got {text!r}, expected 1 <= min <= opt <= max", hint="--batch 1:8:32")
-        return cls(min=low, opt=opt, max=high)
-
-    def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}" if self.dynamic else str(self.opt)
 
 
 @record
@@ -230,11 +138,58 @@ class Kept:
 
 
 @record
+class CalibratedTensor:
+    """The range of one quantised activation, and what it leaves out.
+
+    ``low`` and ``high`` were measured, ``clip_low`` and ``clip_high`` are kept; ``saturated`` is the share of measured
+    values beyond them, ``levels`` how many of the 256 integer levels any value takes. A ``dead`` range says nothing about
+    other images: all values are one, or hardly any level is used.
+    """
+
+    tensor: str
+    low: float
+    high: float
+    clip_low: float
+    clip_high: float
+    saturated: float
+    levels: int
+    dead: bool
+
+
+@record
+class Calibration:
+    """How the activations' ranges were found. ``source`` says which images, without a path."""
+
+    source: str
+    images: int
+    skipped: tuple[str, ...]  # "name: reason" of images that could not be read
+    method: str
+    cached: bool
+    tensors: tuple[CalibratedTensor, ...]
+    seconds: float
+
+
+@record
+class Quantization:
+    """The integer or 8-bit float part of a graph: ``nodes`` of its ``products`` (Conv, Gemm, MatMul) are quantised.
+
+    ``style`` says for which runtime and how, ``kept`` which products stay out, and why.
+    """
+
+    style: str
+    weights: str
+    nodes: int
+    products: int
+    kept: tuple[Kept, ...]
+    calibration: Calibration
+
+
+@record
 class PrecisionRecord:
     """``30-<precision>.onnx``, or the patched file itself for FP32.
 
-    ``dtype_counts`` counts the floating-point nodes of the graph by the type of their first output; the
-    ``casts`` between float types are not among them.
+    ``dtype_counts`` counts the floating-point nodes of the graph by the type of their first output, quantised products
+    as int8 or fp8; the ``casts`` between float types are not among them, nor are QuantizeLinear and DequantizeLinear.
     """
 
     artifact: Artifact
@@ -245,6 +200,7 @@ class PrecisionRecord:
     warnings: tuple[str, ...]
     largest_activation: float | None
     seconds: float
+    quantization: Quantization | None = None  # of INT8 and FP8
 
 
 @record
