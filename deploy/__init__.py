@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deploy.answers import ConversionRecord as ConversionRecord
+    from deploy.answers import EvalRecord as EvalRecord
     from deploy.answers import PlanRecord as PlanRecord
     from deploy.answers import ShowRecord as ShowRecord
     from deploy.answers import SystemRecord as SystemRecord
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from deploy.api import convert as convert
     from deploy.api import diagnose as diagnose
     from deploy.api import diff as diff
+    from deploy.api import evaluate as evaluate
     from deploy.api import export as export
     from deploy.api import inspect as inspect
     from deploy.api import plan as plan
@@ -56,10 +58,10 @@ __version__ = "0.1.0"
 
 # Where each public name lives. No function has the name of a submodule: importing that would take its place.
 _HOMES = {
-    "deploy.answers": ("ConversionRecord", "PlanRecord", "ShowRecord", "SystemRecord", "TuneRecord"),
+    "deploy.answers": ("ConversionRecord", "EvalRecord", "PlanRecord", "ShowRecord", "SystemRecord", "TuneRecord"),
     "deploy.api": (
-        "benchmark", "build", "convert", "diagnose", "diff", "export", "inspect", "plan", "render", "show", "systems",
-        "tune", "verify",
+        "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "plan", "render", "show",
+        "systems", "tune", "verify",
     ),
     "deploy.comparing": ("BundleDiff",),
     "deploy.console": ("Console", "Mode"),

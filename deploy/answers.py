@@ -165,3 +165,31 @@ class TuneRecord:
     recipe: str
     plot: str
     seconds: float
+
+
+@record
+class ScoredRun:
+    """What one run, an engine or PyTorch, scored on labelled images: metric to a share of 1; -1: nothing to score."""
+
+    run: str
+    scores: Mapping[str, float]
+
+
+@record
+class EvalRecord:
+    """What ``effdeploy eval`` found. ``runs`` are the engine's and PyTorch's; ``drops`` how much lower the engine is.
+
+    ``objects`` is what the labels count: boxes, or images where each has one class. ``agreement`` is the share of what
+    both runs say that the other one says as well; ``None``: neither said anything.
+    """
+
+    bundle: str
+    dataset: str
+    images: int
+    objects: int
+    what: str  # "COCO average precision"
+    weights: str
+    runs: tuple[ScoredRun, ...]
+    drops: Mapping[str, float]
+    agreement: float | None
+    notes: tuple[str, ...] = ()

@@ -14,14 +14,14 @@ from deploy.backends import load_backend
 from deploy.bench import BenchCandidate, measure
 from deploy.candidates import batch_candidates, bench_candidates, parity_candidates, prove_decisions
 from deploy.console import Console
-from deploy.errors import BenchmarkError, BundleError, CheckpointError, ParityError
+from deploy.errors import BackendUnavailableError, BenchmarkError, BundleError, CheckpointError, ParityError
 from deploy.models import find_system
 from deploy.models.base import Loaded, load_model
 from deploy.parity.batch import check_batches, with_batches
 from deploy.parity.compare import check_parity
 from deploy.parity.decisions import with_decisions
 from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
-from deploy.records import Artifact, BenchRecord, RunRecord
+from deploy.records import Artifact, BenchRecord, EngineRecord, RunRecord
 from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
 from deploy.summary import ratios_of
 
@@ -129,6 +129,23 @@ def reopened(bundle: Path, console: Console, weights: Path | str | None = None) 
         loaded = _reload(run, recipe, console)
         step.note(loaded.record.weights.statement)
     return run, recipe, loaded
+
+
+def runnable_engine(run: RunRecord, bundle: Path) -> EngineRecord:
+    """Return the first engine of a bundle that runs on this machine.
+
+    Raises:
+        BundleError: the bundle has none.
+        BackendUnavailableError: it has, and none runs here.
+    """
+    if not run.engines:
+        raise BundleError(f"{bundle} has no engine", hint="export without --until")
+    for engine in run.engines:
+        if engine.runnable:
+            return engine
+    raise BackendUnavailableError(
+        f"no engine of {bundle} runs on this machine: {run.engines[0].reason}", hint="repeat it where one can run"
+    )
 
 
 def stage_files(run: RunRecord) -> Mapping[str, Artifact]:

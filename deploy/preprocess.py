@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from deploy.errors import ImageError, UnknownNameError, did_you_mean
 from deploy.records import Preprocess
@@ -99,6 +99,17 @@ def preprocess(image: Path | Image.Image, size: tuple[int, int], spec: Preproces
             return normalise(_pixels(image, size, spec), spec)
         with Image.open(image) as opened:
             return normalise(_pixels(opened, size, spec), spec)
+
+
+def shown_size(image: Path) -> tuple[int, int]:
+    """Return width and height of an image file as it is shown, EXIF orientation applied.
+
+    Raises:
+        ImageError: the file is not an image, or is damaged.
+    """
+    with _image_errors(image), Image.open(image) as opened:
+        width, height = opened.size
+        return (height, width) if opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
 
 
 def normalise(pixels: NDArray[np.generic], spec: Preprocess) -> NDArray[np.float32]:

@@ -48,8 +48,8 @@ def arguments(command: str, bundle: Path, folder: Path) -> list[object]:
     return calls[command]
 
 
-# test_show.py and test_tune.py read the results of these, which need another bundle than the shared one.
-ELSEWHERE = {"show", "tune"}
+# test_eval.py, test_show.py and test_tune.py read the results of these, which need another bundle than the shared one.
+ELSEWHERE = {"eval", "show", "tune"}
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - ELSEWHERE))
@@ -74,7 +74,7 @@ def test_a_success_gives_a_result(command, tiny_bundle, tmp_path):
 WRONG = {
     "export": ["riformr"], "verify": ["nowhere"], "bench": ["nowhere"], "report": ["nowhere"], "inspect": ["nowhere"],
     "convert": ["none.pth", "o.pth", "--system", "riformr"], "diff": ["nowhere", "nowhere"],
-    "build": ["nowhere", "--backend", "onnxruntime"], "show": ["nowhere", "photo.jpg"], "tune": ["riformr"],
+    "build": ["nowhere", "--backend", "onnxruntime"], "show": ["nowhere", "photo.jpg"], "eval": ["nowhere"], "tune": ["riformr"],
 }  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 from deploy.cli import export  # isort: skip - `--help` lists commands in the order of these imports
 from deploy.cli import build, bundles, catalogue  # isort: skip
 from deploy.cli import convert, inspect  # isort: skip
-from deploy.cli import diff  # isort: skip
+from deploy.cli import diff, eval  # isort: skip  # noqa: A004
 from deploy.cli import show, tune  # isort: skip
 from deploy.cli import doctor  # isort: skip
 from deploy.cli.app import app, main
 
 __all__ = [
-    "app", "build", "bundles", "catalogue", "convert", "diff", "doctor", "export", "inspect", "main", "show", "tune",
+    "app", "build", "bundles", "catalogue", "convert", "diff", "doctor", "eval", "export", "inspect", "main", "show",
+    "tune",
 ]  # fmt: skip

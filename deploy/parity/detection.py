@@ -6,7 +6,8 @@ two such detections is left out. So rows are paired first, one to one, and what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ Outputs = Mapping[str, Array]
 
 MIN_IOU = 0.5  # of a pair: whatever is nearer than this is measured, not refused
 TIE = 0.02  # a detection whose score is this near the other run's lowest may be missing there
+
+MATCH_SCORE = 0.5  # detections that users act on; both runs must have them
+MATCH_IOU, MATCH_IOU_SMALL, SMALL = 0.9, 0.85, 320  # overlap of a match; on small inputs a pixel is a larger share
 
 
 def align_detections(reference: Outputs, candidate: Outputs) -> tuple[dict[str, Float], dict[str, Float]]:
@@ -115,3 +119,76 @@ def pair(cost: Float | int) -> NDArray[np.intp]:
         cost[rows] = np.inf
         cost[:, best[rows]] = np.inf
     return partner
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matches:
+    """Detections of two runs above ``MATCH_SCORE``, matched one to one in both directions.
+
+    ``lost``: of ``expected`` in the reference, without a partner in the candidate; ``added``: of ``got`` in the
+    candidate, without one in the reference. ``score`` is the largest difference of the scores of a match.
+    """
+
+    expected: int = 0
+    got: int = 0
+    lost: int = 0
+    added: int = 0
+    score: float = 0.0
+
+    @classmethod
+    def over(cls, parts: Iterable[Matches]) -> Matches:
+        """Sum up images."""
+        found = list(parts)
+        counts = {name: sum(getattr(m, name) for m in found) for name in ("expected", "got", "lost", "added")}
+        return cls(**counts, score=max((m.score for m in found), default=0.0))
+
+    @property
+    def share(self) -> float | None:
+        """The share, of both directions, that has a partner; ``None`` where no score is high enough."""
+        total = self.expected + self.got
+        return 1 - (self.lost + self.added) / total if total else None
+
+    def told(self) -> str:
+        """Say it in a sentence."""
+        if self.share is None:
+            return f"no detection has a score of {MATCH_SCORE} or more: nothing was matched"
+        return (
+            f"{self.expected - self.lost} of {self.expected} detections above {MATCH_SCORE} matched, "
+            f"{self.added} added; scores of a match differ by {self.score:.2g} at most"
+        )
+
+
+def match_overlap(size: tuple[int, int]) -> float:
+    """Return the overlap that a match needs at an input size, height and width in pixels."""
+    return MATCH_IOU if min(size) >= SMALL else MATCH_IOU_SMALL
+
+
+def match_detections(reference: Outputs, candidate: Outputs, overlap: float) -> Matches:
+    """Match the detections of one image: same label, one to one, boxes that overlap by ``overlap`` or more.
+
+    A detection above ``MATCH_SCORE`` may have its partner below it: scores are compared, not cut twice.
+
+    Args:
+        reference: ``labels`` [K], ``boxes`` [K,4] as corners, ``scores`` [K].
+        candidate: The same of the other run.
+        overlap: Least IoU.
+    """
+    a, b = (
+        {name: np.asarray(side[name], np.float64) for name in ("labels", "boxes", "scores")}
+        for side in (reference, candidate)
+    )
+    apart = np.abs(a["scores"][:, None] - b["scores"][None])
+    overlaps = iou(a["boxes"], b["boxes"])
+    possible = (a["labels"][:, None] == b["labels"][None]) & (overlaps >= overlap) & np.isfinite(apart)
+    partner = pair(np.where(possible, 1 - overlaps + apart, np.inf))
+    rows = np.flatnonzero(partner >= 0)
+    alone = np.setdiff1d(np.arange(len(b["scores"])), partner[rows])
+    high = {name: side["scores"] >= MATCH_SCORE for name, side in (("a", a), ("b", b))}
+    judged = rows[high["a"][rows] | high["b"][partner[rows]]]
+    return Matches(
+        expected=int(high["a"].sum()),
+        got=int(high["b"].sum()),
+        lost=int((high["a"] & (partner < 0)).sum()),
+        added=int(high["b"][alone].sum()),
+        score=float(apart[judged, partner[judged]].max(initial=0.0)),
+    )
