@@ -70,7 +70,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("model.system", 7, "expected str"),
         ("ok", 1, "expected bool"),
         ("until", "lunch", "lunch"),
-        ("precision.precision", "fp8", "fp8"),
+        ("precision.precision", "fp4", "fp4"),
         ("engines", {}, "expected a list"),
         ("engines.0.audit", [], "expected an object"),
         ("trace.op_counts", [], "expected an object"),
