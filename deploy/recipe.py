@@ -11,156 +11,37 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    PlainSerializer,
     ValidationError,
-    field_validator,
-    model_validator,
 )  # fmt: skip
 
-from deploy import units
 from deploy.errors import EffdeployError, RecipeError, SizeError, did_you_mean
-from deploy.records import Batch, Precision, Preprocess, Target, Tolerance
+from deploy.records import Batch, Precision, Target
+from deploy.sections import (
+    BatchField,
+    BenchSection,
+    EngineSection,
+    ParitySection,
+    PassesSection,
+    PrecisionSection,
+    PreprocessSection,
+    QuantizationSection,
+    Section,
+    Size,
+    ToleranceSection,
+    TraceSection,
+)
 
 Keys = tuple[str, ...]
 SCHEMA = "recipe.schema.json"
 
 
-def _parse_batch(value: Any) -> Batch:
-    if isinstance(value, Batch):
-        return value
-    try:
-        return Batch.parse(value)
-    except RecipeError as error:
-        raise ValueError(error.message.removeprefix("batch: ")) from error
-
-
-Size = Annotated[
-    tuple[int, int],
-    BeforeValidator(units.size_of, json_schema_input_type=int | str),
-    PlainSerializer(lambda s: f"{s[0]}x{s[1]}", return_type=str),
-]
-Bytes = Annotated[int, BeforeValidator(units.bytes_of, json_schema_input_type=int | str)]
-BatchField = Annotated[
-    Batch, BeforeValidator(_parse_batch, json_schema_input_type=int | str), PlainSerializer(str, return_type=str)
-]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class TraceSection(_Section):
-    """How PyTorch is exported."""
-
-    opset: int | None = Field(None, ge=18, le=25, description="ONNX opset; default: what the target prefers")
-    attention_op: bool = Field(False, description="allow opset 23+, where the exporter writes the Attention op")
-
-
-class PassesSection(_Section):
-    """How the graph is patched."""
-
-    verify_each: bool = Field(False, description="compare outputs before and after every pass")
-
-
-class PrecisionSection(_Section):
-    """What stays float32 in a reduced-precision graph, besides the documented policy."""
-
-    keep_fp32: tuple[str, ...] = Field((), description="regular expressions on node names (module path/OpType)")
-
-
-class EngineSection(_Section):
-    """Which runtime builds the engine, and how. CPU threads are ``bench.threads``: what is timed is what was built."""
-
-    backend: str = Field("onnxruntime", description="onnxruntime, tensorrt or tensorrt_rtx")
-    sm: tuple[int, ...] = Field((), description="CUDA compute capabilities for ahead-of-time builds, e.g. [80, 89]")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where ONNX Runtime runs; auto: CUDA if usable")
-    level: int = Field(3, ge=0, le=5, description="TensorRT builder optimisation level")
-    workspace: Bytes = Field(0, description="TensorRT workspace limit, e.g. 4GiB; 0: no limit")
-    tf32: bool = Field(False, description="let FP32 matrix products use TF32 on a GPU")
-    profiles: tuple[BatchField, ...] = Field((), description="TensorRT optimisation profiles; none: one, the batch")
-    timing_cache: bool = Field(True, description="keep TensorRT's timings in the user's cache folder")
-    version_compatible: bool = Field(False, description="an engine for later minor versions of TensorRT too")
-    hardware: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
-        "none", description="TensorRT hardware compatibility, at a cost in speed"
-    )
-    refit: bool = Field(False, description="an engine whose weights can be replaced")
-    strip: bool = Field(False, description="an engine without its weights, filled from the ONNX file when it is opened")
-
-    @model_validator(mode="after")
-    def _sm_fits(self) -> EngineSection:
-        if len(set(self.sm)) < len(self.sm):
-            raise ValueError(f"sm: got {list(self.sm)}, expected each capability once")
-        if self.sm and self.backend == "onnxruntime":
-            raise ValueError("sm: onnxruntime builds for no compute capability; add --backend tensorrt_rtx")
-        return self
-
-
-class ToleranceSection(_Section):
-    """Parity limits of one precision; an absent value is not judged."""
-
-    max_relative: float | None = Field(None, gt=0, lt=1, description="max|difference| / max|reference|")
-    cosine: float | None = Field(None, gt=0, le=1)
-    snr_db: float | None = Field(None, gt=0)
-    top1: float | None = Field(None, ge=0, le=1, description="share of images with the same best class")
-    top5: float | None = Field(None, ge=0, le=1)
-
-    def record(self) -> Tolerance:
-        """Return the record that travels."""
-        return Tolerance(**self.model_dump())
-
-
-class ParitySection(_Section):
-    """How outputs are compared with PyTorch."""
-
-    images: Path | None = Field(None, description="folder of real photos, added to the deterministic pack")
-    max_images: int = Field(32, ge=1, description="at most this many photos")
-    seed: int = Field(0, ge=0)
-    max_drift: float | None = Field(
-        None, gt=0, lt=1, description="max|deploy form - training form| / max|training form|; absent: not judged"
-    )
-    tolerances: Mapping[Precision, ToleranceSection] = Field(default_factory=dict)
-
-
-class BenchSection(_Section):
-    """How latency is measured."""
-
-    warmup_seconds: float = Field(0.5, ge=0, le=600)
-    seconds: float = Field(3.0, gt=0, le=3600, description="at least this long per candidate")
-    rounds: int = Field(20, ge=3, le=100000, description="at least this many interleaved rounds")
-    threads: int = Field(1, ge=1, le=1024, description="CPU threads of every candidate")
-    baselines: tuple[Literal["eager", "compile", "naive"], ...] = ()
-
-    @field_validator("baselines")
-    @classmethod
-    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(names)) < len(names):
-            raise ValueError(f"got {list(names)}, expected each baseline once")
-        return names
-
-
-class PreprocessSection(_Section):
-    """How an image becomes the input."""
-
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    crop: float = Field(0.875, gt=0, le=1)
-    fit: Literal["crop", "stretch"] = Field("crop", description="stretch: the whole image, whatever its proportions")
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-
-    def record(self) -> Preprocess:
-        """Return the record that travels."""
-        return Preprocess(**self.model_dump())
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """One resolved recipe: everything that decides what a run does."""
 
     system: str = Field(description="which model family, see `effdeploy list`")
@@ -180,6 +61,7 @@ class Recipe(_Section):
     trace: TraceSection = TraceSection()
     passes: PassesSection = PassesSection()
     typing: PrecisionSection = PrecisionSection()
+    quantization: QuantizationSection = QuantizationSection()
     engine: EngineSection = EngineSection()
     parity: ParitySection = ParitySection()
     bench: BenchSection = BenchSection()
