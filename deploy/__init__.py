@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deploy.answers import ConversionRecord as ConversionRecord
     from deploy.answers import EvalRecord as EvalRecord
+    from deploy.answers import PackageRecord as PackageRecord
     from deploy.answers import PlanRecord as PlanRecord
     from deploy.answers import ShowRecord as ShowRecord
     from deploy.answers import SystemRecord as SystemRecord
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from deploy.api import evaluate as evaluate
     from deploy.api import export as export
     from deploy.api import inspect as inspect
+    from deploy.api import package as package
     from deploy.api import plan as plan
     from deploy.api import render as render
     from deploy.api import show as show
@@ -58,10 +60,12 @@ __version__ = "0.1.0"
 
 # Where each public name lives. No function has the name of a submodule: importing that would take its place.
 _HOMES = {
-    "deploy.answers": ("ConversionRecord", "EvalRecord", "PlanRecord", "ShowRecord", "SystemRecord", "TuneRecord"),
+    "deploy.answers": (
+        "ConversionRecord", "EvalRecord", "PackageRecord", "PlanRecord", "ShowRecord", "SystemRecord", "TuneRecord",
+    ),
     "deploy.api": (
-        "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "plan", "render", "show",
-        "systems", "tune", "verify",
+        "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "package", "plan",
+        "render", "show", "systems", "tune", "verify",
     ),
     "deploy.comparing": ("BundleDiff",),
     "deploy.console": ("Console", "Mode"),

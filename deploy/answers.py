@@ -44,6 +44,16 @@ class FilesRecord:
 
 
 @record
+class PackageRecord:
+    """A model in a server's repository; ``files`` are named from the repository's folder."""
+
+    model: str
+    version: int
+    backend: str
+    files: tuple[Artifact, ...]
+
+
+@record
 class PlannedFile:
     """A file that a run would write; ``size`` in bytes is an estimate from ``basis``, ``None``: not known before."""
 

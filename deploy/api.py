@@ -19,6 +19,7 @@ from deploy.choosing import tune as tune
 from deploy.finished import benchmark as benchmark
 from deploy.finished import diff as diff
 from deploy.finished import inspect as inspect
+from deploy.finished import package as package
 from deploy.finished import render as render
 from deploy.finished import verify as verify
 from deploy.keywords import (
@@ -57,6 +58,8 @@ def export(
     device: str | None = None,
     out: PathLike | None = None,
     images: PathLike | None = None,
+    calib: PathLike | None = None,
+    calib_method: str | None = None,
     baseline: Names | None = None,
     seconds: float | None = None,
     threads: int | None = None,
@@ -76,13 +79,15 @@ def export(
             ``"pretrained"``: what the recipe names (``--pretrained``).
         size: ``224``, ``"384x512"`` or ``(384, 512)``: height, then width.
         batch: ``4``, or ``"1:8:32"``: smallest, tuned for, largest.
-        precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``; the command line has a flag for each.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"fp8"``; the command line has a flag for each.
         backend: ``"onnxruntime"``, ``"tensorrt_rtx"`` or ``"tensorrt"``.
         target: Lower the graph for ``"onnxruntime"`` or ``"tensorrt"``.
         sm: Ahead-of-time targets, e.g. ``(80, 89)`` or ``"80,89"``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         out: Bundle folder; default ``engines/<name>``.
         images: Folder of real photos, added to the deterministic inputs.
+        calib: Folder of images that INT8 and FP8 measure ranges on.
+        calib_method: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"entropy"``.
         baseline: Any of ``"eager"``, ``"compile"``, ``"naive"``; a sequence, or one text with commas.
         seconds: Measure at least this long per candidate.
         threads: CPU threads of every candidate while measuring.
@@ -106,8 +111,8 @@ def export(
 
     recipe = recipe_of(
         system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
-        target=target, sm=sm, device=device, images=images, baseline=baseline, seconds=seconds, threads=threads,
-        set_=set_, verify_each=verify_each,
+        target=target, sm=sm, device=device, images=images, calib=calib, calib_method=calib_method, baseline=baseline,
+        seconds=seconds, threads=threads, set_=set_, verify_each=verify_each,
     )  # fmt: skip
     first, last, folder = road_of(recipe, from_, until, out)
     console = console_or_silence(console)
@@ -129,6 +134,8 @@ def plan(
     device: str | None = None,
     out: PathLike | None = None,
     images: PathLike | None = None,
+    calib: PathLike | None = None,
+    calib_method: str | None = None,
     baseline: Names | None = None,
     seconds: float | None = None,
     threads: int | None = None,
@@ -142,8 +149,8 @@ def plan(
     """Check everything that an export checks before its work, and say what it would do: ``effdeploy export --dry-run``.
 
     Args:
-        system, variant, weights, size, batch, precision, backend, target, sm, device, out, images, baseline, seconds,
-        threads, set_, until, from_, reuse, verify_each, console: As for ``export``.
+        system, variant, weights, size, batch, precision, backend, target, sm, device, out, images, calib,
+        calib_method, baseline, seconds, threads, set_, until, from_, reuse, verify_each, console: As for ``export``.
 
     Returns:
         Stages, files with estimated sizes, seconds where earlier runs on this machine measured them, space.
@@ -155,8 +162,8 @@ def plan(
 
     recipe = recipe_of(
         system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
-        target=target, sm=sm, device=device, images=images, baseline=baseline, seconds=seconds, threads=threads,
-        set_=set_, verify_each=verify_each,
+        target=target, sm=sm, device=device, images=images, calib=calib, calib_method=calib_method, baseline=baseline,
+        seconds=seconds, threads=threads, set_=set_, verify_each=verify_each,
     )  # fmt: skip
     first, last, folder = road_of(recipe, from_, until, out)
     console = console_or_silence(console)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from deploy.keywords import Names, PathLike, console_or_silence, listed, path_of, paths_of
 
 if TYPE_CHECKING:
+    from deploy.answers import PackageRecord
     from deploy.comparing import BundleDiff
     from deploy.console import Console
     from deploy.contents import BundleReport, CheckpointReport, EngineReport
@@ -177,3 +178,43 @@ def diff(
     first, second = Path(a), Path(b)
     measured = bench_bundles([first, second], console, seconds=seconds, threads=threads) if measure else None
     return diff_bundles(first, second, console, fail_if=gates, strict=strict, measured=measured)
+
+
+def package(
+    bundle: PathLike,
+    *,
+    triton: PathLike,
+    name: str | None = None,
+    labels: PathLike | None = None,
+    device: str | None = None,
+    instances: int = 1,
+    queue_delay: int = 100,
+    console: Console | None = None,
+) -> PackageRecord:
+    """Write a bundle's engine into a Triton model repository, as the next version of its model.
+
+    Args:
+        bundle: Bundle folder.
+        triton: The repository's folder; made if need be.
+        name: The model's name; default: the bundle's.
+        labels: Text file with a class name per line, served with the scores.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``; default: what the engine was built for.
+        instances: Copies of the model that serve at the same time.
+        queue_delay: Microseconds that the dynamic batcher waits for more requests.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        The model's name, its version, and the files that were written.
+
+    Raises:
+        BundleError: The folder is no bundle, has no engine, or failed its parity.
+        BackendUnavailableError: Triton has no backend for the engine.
+        SizeError: The engine does not take every batch from one up.
+        StorageError: A model with another configuration has this name, or the disk refuses.
+    """
+    from deploy.packaging import package_triton
+
+    return package_triton(
+        Path(bundle), Path(triton), console_or_silence(console), name=name, labels=path_of(labels), device=device,
+        instances=instances, queue_delay=queue_delay,
+    )  # fmt: skip

@@ -23,12 +23,13 @@ ROOT = Path(__file__).parent.parent
 
 # The public names. A name that goes is a breaking change; a new one is added here on purpose.
 FUNCTIONS = {
-    "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "plan", "render", "show",
-    "systems", "tune", "verify",
+    "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "package", "plan", "render",
+    "show", "systems", "tune", "verify",
 }  # fmt: skip
 TYPES = {
     "BenchRecord", "BuildRecord", "BundleDiff", "BundleReport", "CheckpointReport", "Console", "ConversionRecord",
-    "Diagnosis", "EffdeployError", "EngineReport", "EvalRecord", "GraphReport", "Mode", "ParityRecord", "PlanRecord", "Precision",
+    "Diagnosis", "EffdeployError", "EngineReport", "EvalRecord", "GraphReport", "Mode", "PackageRecord",
+    "ParityRecord", "PlanRecord", "Precision",
     "RunRecord", "ShowRecord", "Stage", "SystemRecord", "Target", "TuneRecord",
 }  # fmt: skip
 
@@ -36,7 +37,7 @@ TYPES = {
 COMMANDS = {
     "export": "export", "verify": "verify", "bench": "benchmark", "report": "render", "list": "systems",
     "convert": "convert", "inspect": "inspect", "diff": "diff", "build": "build",
-    "doctor": "diagnose", "eval": "evaluate", "show": "show", "tune": "tune",
+    "doctor": "diagnose", "eval": "evaluate", "package": "package", "show": "show", "tune": "tune",
 }  # fmt: skip
 TERMINAL = {"as_json", "quiet", "log"}  # the console says it
 RENAMED = {"fp32": "precision", "fp16": "precision", "bf16": "precision", "no_reuse": "reuse", "pretrained": "weights"}

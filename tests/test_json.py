@@ -43,6 +43,7 @@ def arguments(command: str, bundle: Path, folder: Path) -> list[object]:
         "convert": [weights, folder / "o.safetensors", "--system", "riformer", "--variant", "tiny"],
         "inspect": [bundle],
         "diff": [bundle, bundle],
+        "package": [bundle, "--triton", folder / "models"],
         "build": [bundle / "20-patched.onnx", "--backend", "onnxruntime", "--out", folder],
     }
     return calls[command]
@@ -74,7 +75,8 @@ def test_a_success_gives_a_result(command, tiny_bundle, tmp_path):
 WRONG = {
     "export": ["riformr"], "verify": ["nowhere"], "bench": ["nowhere"], "report": ["nowhere"], "inspect": ["nowhere"],
     "convert": ["none.pth", "o.pth", "--system", "riformr"], "diff": ["nowhere", "nowhere"],
-    "build": ["nowhere", "--backend", "onnxruntime"], "show": ["nowhere", "photo.jpg"], "eval": ["nowhere"], "tune": ["riformr"],
+    "build": ["nowhere", "--backend", "onnxruntime"], "show": ["nowhere", "photo.jpg"],
+    "package": ["nowhere", "--triton", "models"], "eval": ["nowhere"], "tune": ["riformr"],
 }  # fmt: skip
 
 

@@ -5,10 +5,11 @@ from deploy.cli import build, bundles, catalogue  # isort: skip
 from deploy.cli import convert, inspect  # isort: skip
 from deploy.cli import diff, eval  # isort: skip  # noqa: A004
 from deploy.cli import show, tune  # isort: skip
+from deploy.cli import package  # isort: skip
 from deploy.cli import doctor  # isort: skip
 from deploy.cli.app import app, main
 
 __all__ = [
-    "app", "build", "bundles", "catalogue", "convert", "diff", "doctor", "eval", "export", "inspect", "main", "show",
-    "tune",
+    "app", "build", "bundles", "catalogue", "convert", "diff", "doctor", "eval", "export", "inspect", "main",
+    "package", "show", "tune",
 ]  # fmt: skip
