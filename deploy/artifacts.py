@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from deploy.cpu import cpu_features
 from deploy.errors import BundleError, StorageError
 from deploy.records import SCHEMA_VERSION, Artifact, Environment, RunRecord, Stage, from_json, to_json
 
@@ -31,7 +32,7 @@ CACHE_VARIABLE = "EFFDEPLOY_CACHE"
 # Packages whose version can change a graph, an engine or a number.
 _FINGERPRINT = (
     "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "onnx-graphsurgeon", "polygraphy",
-    "numpy", "pillow", "safetensors", "tensorrt", "tensorrt-rtx",
+    "numpy", "pillow", "safetensors", "tensorrt", "tensorrt-rtx", "openvino",
 )  # fmt: skip
 
 # What a disk that takes no more says, and what can be done.
@@ -359,6 +360,7 @@ def environment() -> Environment:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         gpu=_gpu_name(),
         packages=packages,
+        cpu_features=cpu_features(),
     )
 
 

@@ -58,6 +58,8 @@ from deploy.reuse import now
 
 Options = Mapping[str, tuple[str, Any]]  # recipe key -> (flag, value), as ``deploy.recipe.layer_of_options`` reads it
 
+IN_PLACE = ("onnxruntime", "openvino")  # backends whose engine is the ONNX file itself
+
 
 def build(
     source: Path,
@@ -164,7 +166,7 @@ def build_model(
 ) -> tuple[BuildRecord, ...]:
     """Build from an ONNX file, into ``<name>.sm<NN>.<plan|rtx>`` and its manifest, the same name with ``.json``.
 
-    ONNX Runtime has nothing to build: its engine is the ONNX file, and only the manifest is written.
+    ONNX Runtime and OpenVINO have nothing to build: their engine is the ONNX file, and only the manifest is written.
     """
     inputs = model_inputs(model)
     found = model_precision(model)
@@ -175,7 +177,7 @@ def build_model(
     _require_backend(backend, request)
     _require_batch(inputs, request.ranges)
     folder = out or model.parent
-    in_place = backend.name == "onnxruntime"
+    in_place = backend.name in IN_PLACE
     warn_of_traps(console, backend.name, model, sm=recipe.engine.sm or sm_here())
     with run_folder(folder / f"{model.stem}.build") as scratch:  # never published: its files are, one by one
         engines = _engines(backend, model, model.parent if in_place else scratch, request, console)

@@ -20,13 +20,17 @@ from deploy import __version__, units
 from deploy.artifacts import environment
 from deploy.backends import BACKENDS, load_backend
 from deploy.backends.gpu import Gpu, first_gpu
+from deploy.backends.openvino import NEEDS, cannot_compute
 from deploy.console import Console
+from deploy.cpu import CPU_FEATURES as CPU_FEATURES
+from deploy.cpu import cpu_features
+from deploy.cpu import cpu_flags as cpu_flags
 from deploy.errors import BackendUnavailableError
 from deploy.known_bad import KnownBad, matching
 from deploy.records import record
 
 DEFAULT_BACKEND = "onnxruntime"
-RUNTIMES = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "onnxruntime", "onnxruntime-gpu")
+RUNTIMES = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "onnxruntime", "onnxruntime-gpu", "openvino")
 TOOLS = (
     "onnx",
     "onnxscript",
@@ -42,13 +46,10 @@ ORT_WHEELS = ("onnxruntime", "onnxruntime-gpu")
 ORT_THREAD = "https://github.com/microsoft/onnxruntime/issues/26996"
 NEEDED_BYTES = 2_000_000_000  # a bundle of a large model: every stage of it, the engine and scratch space
 
-# What the CPU kernels of ONNX Runtime and oneDNN look for; names of /proc/cpuinfo.
-CPU_FEATURES: Mapping[str, str] = {
-    "avx2": "AVX2", "fma": "FMA", "f16c": "F16C (FP16 storage)", "avx512f": "AVX-512",
-    "avx512_vnni": "AVX-512 VNNI (INT8)", "avx_vnni": "AVX-VNNI (INT8)", "avx512_bf16": "AVX-512 BF16",
-    "avx512_fp16": "AVX-512 FP16", "amx_bf16": "AMX BF16", "amx_int8": "AMX INT8", "amx_fp16": "AMX FP16",
-    "asimd": "NEON", "asimdhp": "NEON FP16", "asimddp": "NEON dot product (INT8)", "i8mm": "I8MM", "bf16": "BF16",
-    "sve": "SVE",
+# What makes INT8 and BF16 faster than FP32 on x86: any of the flags.
+FAST_TYPES: Mapping[str, frozenset[str]] = {
+    "AVX-512": frozenset({"avx512f"}), "VNNI": frozenset({"avx512_vnni", "avx_vnni"}),
+    "BF16": frozenset({"avx512_bf16", "amx_bf16"}), "AMX": frozenset({"amx_int8", "amx_bf16"}),
 }  # fmt: skip
 # First compute capability whose tensor cores take the type (CUDA C++ Programming Guide, arithmetic throughput).
 GPU_TYPES: Mapping[str, int] = {"FP16": 70, "INT8": 75, "TF32": 80, "BF16": 80, "FP8": 89, "FP4": 100}
@@ -203,6 +204,8 @@ def _backends(packages: Mapping[str, str], gpu: Gpu | None) -> Iterator[Check]:
             yield Check(name=f"backend {name}", state=state, statement=f"cannot be used: {reason}")
         elif name == DEFAULT_BACKEND:
             yield Check(name=f"backend {name}", state="good", statement=f"builds and runs; {_providers(gpu)}")
+        elif name == "openvino":
+            yield Check(name=f"backend {name}", state="good", statement=f"builds and runs on the CPU; {_openvino()}")
         else:
             runs = "builds and runs" if gpu and name == "tensorrt" else "builds engines, none runs here without a GPU"
             yield Check(name=f"backend {name}", state="good", statement=runs)
@@ -213,6 +216,13 @@ def _backends(packages: Mapping[str, str], gpu: Gpu | None) -> Iterator[Check]:
             statement="tensorrt is a stub that installs tensorrt_cu12 or tensorrt_cu13, and neither is there",
             hint="pip install --force-reinstall 'effdeploy[tensorrt]'",
         )
+
+
+def _openvino() -> str:
+    """Say which 16-bit types OpenVINO really computes in here."""
+    reasons = {precision: cannot_compute(precision) for precision in NEEDS}
+    can = ", ".join(["FP32", *(precision.value.upper() for precision, reason in reasons.items() if not reason)])
+    return "; ".join([f"computes in {can}", *(reason for reason in reasons.values() if reason)])
 
 
 def _providers(gpu: Gpu | None) -> str:
@@ -228,14 +238,15 @@ def _providers(gpu: Gpu | None) -> str:
 def _cpu() -> Iterator[Check]:
     here = environment()
     flags = cpu_flags()
-    features = [label for flag, label in CPU_FEATURES.items() if flag in flags]
+    features = cpu_features()
     quota = _cpu_quota()
     limit = f", limited to {units.number(quota)} by the container" if quota and quota < here.cores else ""
     yield Check(
         name="cpu",
         state="good",
         statement=f"{here.cpu}, {here.cores} threads for this process{limit}; "
-        + (", ".join(features) if features else "vector extensions unknown on this system"),
+        + (", ".join(features) if features else "vector extensions unknown on this system")
+        + _lacking(flags),
     )
     if here.cores == 1 or (quota and quota < 1):
         yield Check(
@@ -245,14 +256,10 @@ def _cpu() -> Iterator[Check]:
         yield Check(name="cpu", state="warn", statement="no AVX2: ONNX Runtime's fast kernels do not run on this CPU")
 
 
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Return the CPU's feature flags; empty where the system does not list them."""
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("flags", "Features"):
-                return frozenset(value.split())
-    return frozenset()
+def _lacking(flags: frozenset[str]) -> str:
+    """Name what makes low precision fast on x86 and is not there; empty where nothing lacks or the CPU is another."""
+    lacks = [name for name, either in FAST_TYPES.items() if not flags & either]
+    return f"; no {', no '.join(lacks)}" if lacks and "sse4_1" in flags else ""
 
 
 def _cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:

@@ -25,6 +25,7 @@ PACKAGES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "tensorrt": {"tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")},
     "tensorrt_rtx": {"tensorrt-rtx": ("tensorrt-rtx",)},
     "onnxruntime": {"onnxruntime": ("onnxruntime",), "onnxruntime-gpu": ("onnxruntime-gpu",)},
+    "openvino": {"openvino": ("openvino",)},
 }
 EFFECTS = ("wrong", "fails", "slow")
 

@@ -408,6 +408,7 @@ class Environment:
     cores: int
     gpu: str
     packages: Mapping[str, str]
+    cpu_features: tuple[str, ...] = ()  # as deploy.cpu.CPU_FEATURES calls them; empty in older bundles
 
 
 @record

@@ -85,14 +85,16 @@ READS: Mapping[Stage, tuple[Stage, ...]] = {
     Stage.PARITY: (Stage.TRACE, Stage.PASSES, Stage.PRECISION, Stage.ENGINE),
     Stage.LATENCY: (Stage.ENGINE,),
 }
-_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "polygraphy", "onnx-graphsurgeon")
+_RUNTIMES = (
+    "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "polygraphy", "onnx-graphsurgeon",
+)  # fmt: skip
 _TRACERS = ("torch", "onnxscript", "onnx-ir", "safetensors")
 # Libraries that cannot change what a stage makes; a new version of any other redoes it.
 _INDIFFERENT: Mapping[Stage, tuple[str, ...]] = {
     Stage.MODEL: (*_RUNTIMES, "onnx", "onnxscript", "onnx-ir", "pillow"),
     Stage.TRACE: (*_RUNTIMES, "pillow"),
-    Stage.PASSES: (*_TRACERS, "tensorrt", "tensorrt-rtx"),
-    Stage.PRECISION: (*_TRACERS, "tensorrt", "tensorrt-rtx"),
+    Stage.PASSES: (*_TRACERS, "openvino", "tensorrt", "tensorrt-rtx"),
+    Stage.PRECISION: (*_TRACERS, "openvino", "tensorrt", "tensorrt-rtx"),
     Stage.ENGINE: _TRACERS,
 }
 _ON_MACHINE = (Stage.PRECISION, Stage.ENGINE, Stage.PARITY, Stage.LATENCY)
@@ -333,6 +335,7 @@ def _surroundings(stage: Stage, here: Environment) -> dict[str, str]:
     found["python"] = here.python
     if stage in _ON_MACHINE:
         found |= {"platform": here.platform, "cpu": here.cpu, "cores": str(here.cores), "gpu": here.gpu}
+        found["cpu features"] = ", ".join(here.cpu_features)
         found["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return found
 

@@ -10,6 +10,7 @@ from deploy.errors import UnknownNameError, did_you_mean
 # name -> module with one constant BACKEND
 BACKENDS = {
     "onnxruntime": "deploy.backends.onnxruntime",
+    "openvino": "deploy.backends.openvino",
     "tensorrt": "deploy.backends.tensorrt",
     "tensorrt_rtx": "deploy.backends.tensorrt_rtx",
 }

@@ -52,7 +52,7 @@ def devices(incomplete: str) -> list[str]:
 
 def backends(incomplete: str) -> list[str]:
     """Complete a backend."""
-    return _starting(("onnxruntime", "tensorrt", "tensorrt_rtx"), incomplete)
+    return _starting(("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"), incomplete)
 
 
 def baselines(incomplete: str) -> list[str]:

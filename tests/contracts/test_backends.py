@@ -17,10 +17,11 @@ from deploy.backends.base import BuildOptions, DeviceTimed
 from deploy.errors import BackendUnavailableError, EngineBuildError, SizeError, UnknownNameError
 from deploy.records import Batch, EngineRecord, Target, from_json, to_json
 
-PACKAGES = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
+PACKAGES = {name: name for name in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")}
 OPTIONS = BuildOptions(batch=Batch.parse("1:2:4"))
 RUNNING = [
     "onnxruntime",
+    "openvino",
     pytest.param("tensorrt", marks=pytest.mark.gpu),
 ]
 BUILDING = [*RUNNING, pytest.param("tensorrt_rtx", marks=pytest.mark.rtx)]
@@ -58,7 +59,7 @@ def test_each_backend_is_what_the_registry_says(name):
     backend = load_backend(name)
     assert backend.name == name
     assert isinstance(backend.target, Target)
-    assert (backend.target is Target.ONNXRUNTIME) == (name == "onnxruntime")
+    assert (backend.target is Target.ONNXRUNTIME) == (name in ("onnxruntime", "openvino"))
     assert all(callable(getattr(backend, method)) for method in ("available", "build", "open"))
 
 
@@ -166,7 +167,7 @@ def test_every_module_of_the_registry_has_a_backend():
 def test_importing_the_backends_imports_no_runtime():
     code = (
         "import sys, deploy.backends as b; [__import__(m) for m in b.BACKENDS.values()];"
-        "print([m for m in ('onnxruntime', 'tensorrt', 'tensorrt_rtx', 'polygraphy', 'torch') if m in sys.modules])"
+        f"print([m for m in {[*PACKAGES, 'polygraphy', 'torch']} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
