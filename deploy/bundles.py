@@ -12,7 +12,13 @@ from deploy import units
 from deploy.artifacts import artifacts_of, open_artifact, read_manifest
 from deploy.backends import load_backend
 from deploy.bench import BenchCandidate, measure
-from deploy.candidates import batch_candidates, bench_candidates, parity_candidates, prove_decisions
+from deploy.candidates import (
+    batch_candidates,
+    bench_candidates,
+    parity_candidates,
+    prove_decisions,
+    prove_selection,
+)
 from deploy.console import Console
 from deploy.errors import BackendUnavailableError, BenchmarkError, BundleError, CheckpointError, ParityError
 from deploy.models import find_system
@@ -20,6 +26,7 @@ from deploy.models.base import Loaded, load_model
 from deploy.parity.batch import check_batches, with_batches
 from deploy.parity.compare import check_parity
 from deploy.parity.decisions import with_decisions
+from deploy.parity.selection import with_selection
 from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
 from deploy.records import Artifact, BenchRecord, EngineRecord, RunRecord
 from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
@@ -63,6 +70,9 @@ def verify_bundle(
         parity = check_parity(loaded.run, candidates, inputs, tolerances(recipe), task=loaded.system.task)
         if decisions := prove_decisions(loaded, recipe, bundle, stage_files(run), inputs):
             parity = with_decisions(parity, decisions)
+        limits = tolerances(recipe)
+        if found := prove_selection(loaded, recipe, bundle, stage_files(run), run.engines, inputs, limits):
+            parity = with_selection(parity, found)
         step.note(parity.verdict)
     with console.step("batch") as step:
         files_and_engines = batch_candidates(candidates, every=True)

@@ -30,12 +30,15 @@ from deploy.graph.io import load_model, save_model
 from deploy.models import find_system
 from deploy.models.base import Loaded, graph_inputs, run_module, specialised
 from deploy.models.decisions import DecidingModel
+from deploy.models.selecting import SelectingModel
 from deploy.parity.compare import Candidate
 from deploy.parity.decisions import DecidingFile, check_decisions
 from deploy.parity.inputs import InputPack
+from deploy.parity.selection import check_selection
+from deploy.parity.validation import SelectingFile
 from deploy.precision.emulate import emulated
 from deploy.recipe import Recipe
-from deploy.records import Artifact, EngineRecord, ParityRecord, Precision, TensorSpec
+from deploy.records import Artifact, EngineRecord, ParityRecord, Precision, SelectionCheck, TensorSpec, Tolerance
 from deploy.trace import bare_export, quiet_torch
 
 DEPLOY_FORM, ENGINE = "deploy form", "engine"  # names of stages
@@ -164,6 +167,48 @@ def prove_decisions(
     traced = load_model(open_artifact(next(iter(stages.values())), folder))
     on_cpu = dataclasses.replace(build_options(recipe), device="cpu")
     return check_decisions(model, traced, files, inputs, lambda p: open_model(p, on_cpu), loaded.system.task)
+
+
+def prove_selection(
+    loaded: Loaded, recipe: Recipe, folder: Path, stages: Mapping[str, Artifact], engines: Sequence[EngineRecord],
+    inputs: InputPack, limits: Mapping[str, Tolerance],
+) -> tuple[SelectionCheck, ...]:  # fmt: skip
+    """Put a detector's last float32 file through gate A, and what is in reduced precision through gate B.
+
+    A typed file is checked as ONNX Runtime runs it and with every low tensor rounded, as in ``parity_candidates``; an
+    engine that is not such a file by its outputs. Nothing where the network selects no queries.
+    """
+    if loaded.system.selection is None:
+        return ()
+    paths = {stage: open_artifact(artifact, folder) for stage, artifact in stages.items()}
+    stage, path = [(s, p) for s, p in paths.items() if s not in set(Precision) or s == Precision.FP32.value][-1]
+    float32 = SelectingFile(stage=stage, precision=Precision.FP32, load=partial(load_model, path))
+    files: list[SelectingFile | Candidate] = [float32]
+    if recipe.precision is not Precision.FP32:
+        files += _low_files(recipe.precision, paths[recipe.precision.value])
+    on_file = {artifact.name for artifact in stages.values()}
+    options = build_options(recipe)
+    files += [
+        Candidate(stage=engine_name(engine, engines), precision=recipe.precision, open=_engine(engine, folder, options))
+        for engine in engines
+        if engine.runnable and engine.artifact.name not in on_file and recipe.precision is not Precision.FP32
+    ]
+    on_cpu = dataclasses.replace(options, device="cpu")
+    model = SelectingModel(loaded, loaded.system.selection)
+    random = loaded.record.weights.kind == "random"
+    return check_selection(
+        model, load_model(path), files, inputs, lambda p: open_model(p, on_cpu), limits, random=random
+    )
+
+
+def _low_files(precision: Precision, path: Path) -> list[SelectingFile]:
+    typed = partial(load_model, path)
+    rounded = SelectingFile(
+        stage=f"{precision.value}, rounded", precision=precision, load=lambda: emulated(load_model(path)), typed=typed
+    )
+    if precision is Precision.BF16:
+        return [rounded]
+    return [SelectingFile(stage=precision.value, precision=precision, load=typed), rounded]
 
 
 def engine_name(engine: EngineRecord, engines: Sequence[EngineRecord]) -> str:

@@ -225,6 +225,8 @@ class Console:
             )
         else:
             self._fact("parity", summary.why_missing(run, "parity"))
+        if rows := summary.selection_rows(run):
+            self._write_table("selected queries against fp32 PyTorch", summary.SELECTION_COLUMNS, rows)
         if rows := summary.batch_rows(run):
             self._write_table("rows of a batch, largest difference by check", summary.BATCH_COLUMNS, rows)
         if rows := summary.latency_rows(run):

@@ -135,7 +135,7 @@ def _feeds(images: Sequence[CocoImage], loaded: Loaded, recipe: Recipe) -> Itera
         filled = [part[i % len(part)] for i in range(max(len(part), recipe.batch.min))]
         pixels = np.stack([preprocess(_checked(image), recipe.size, spec) for image in filled])
         sizes = np.array([[image.width, image.height] for image in filled], np.int64)
-        known = {"images": pixels, "orig_target_sizes": sizes}
+        known: dict[str, Array] = {"images": pixels, "orig_target_sizes": sizes}
         yield len(part), {spec.name: known[spec.name] for spec in loaded.inputs}
 
 

@@ -262,6 +262,20 @@ class Tolerance:
     snr_db: float | None = None  # at least
     top1: float | None = None  # at least, share of images
     top5: float | None = None  # at least
+    overlap: float | None = None  # of detectors, at least: share of the selected queries (deploy.parity.selection)
+    margin: float | None = None  # at most: how far from the cut a query is that only one of both selected
+    matched: float | None = None  # at least: share of detections above 0.5 with a partner, in both directions
+    score: float | None = None  # at most: difference of the scores of matched detections
+
+    @property
+    def decides(self) -> bool:
+        """Whether it judges what a detector decides instead of the distance of outputs."""
+        return any(v is not None for v in (self.overlap, self.margin, self.matched, self.score))
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether it does not limit the distance of outputs."""
+        return all(v is None for v in (self.max_relative, self.cosine, self.snr_db, self.top1, self.top5))
 
 
 @record
@@ -337,6 +351,38 @@ class DecisionCheck:
 
 
 @record
+class SelectionCheck:
+    """One stage of a detector that selects queries, in gate A or B (``deploy.parity.selection``).
+
+    Rows are aligned by the position that they were selected from: ``median`` and ``largest`` difference of logits,
+    ``boxes`` in 0..1. ``margin`` is the largest distance from the cut of a query that only one of both selected, in
+    PyTorch's scores; ``rank`` the best place of a lost one. ``elementwise`` compares logits row by row and is no
+    criterion where rows ``moved``. ``None``: the stage shows only its outputs, or there is nothing to measure.
+    """
+
+    stage: str
+    gate: str  # "A": float32 with PyTorch; "B": decisions in reduced precision
+    images: int
+    moved: float | None  # share of rows at another place
+    overlap: float | None  # share of PyTorch's selection; in gate B over images that are no extremes
+    lost: int | None
+    margin: float | None
+    rank: int | None
+    median: float | None
+    largest: float | None
+    boxes: float | None
+    elementwise: float | None
+    matched: float | None  # share of detections above 0.5 with a partner, in both directions
+    matches: str
+    score: float | None
+    random: bool  # random weights: only what holds for any weights was judged
+    ok: bool
+    failures: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@record
 class ParityRecord:
     """The verdict on every stage. ``ok`` is the verdict of the run."""
 
@@ -349,6 +395,7 @@ class ParityRecord:
     seconds: float
     batches: BatchRecord | None = None  # the batch suite; None in bundles that were made before there was one
     decisions: tuple[DecisionCheck, ...] = ()  # of systems that choose; empty where nothing is chosen
+    selection: tuple[SelectionCheck, ...] = ()  # of detectors that select queries
 
 
 @record

@@ -116,6 +116,10 @@ class ToleranceSection(Section):
     snr_db: float | None = Field(None, gt=0)
     top1: float | None = Field(None, ge=0, le=1, description="share of images with the same best class")
     top5: float | None = Field(None, ge=0, le=1)
+    overlap: float | None = Field(None, ge=0, le=1, description="of detectors: share of the selected queries")
+    margin: float | None = Field(None, gt=0, description="of detectors: distance of a lost query from the cut")
+    matched: float | None = Field(None, ge=0, le=1, description="of detectors: detections above 0.5, both directions")
+    score: float | None = Field(None, gt=0, le=1, description="of detectors: difference of matched scores")
 
     def record(self) -> Tolerance:
         """Return the record that travels."""

@@ -15,7 +15,14 @@ from pathlib import Path
 from deploy.backends.base import Backend, Feeds
 from deploy.backends.gpu import sm_here
 from deploy.bench import measure
-from deploy.candidates import batch_candidates, bench_candidates, build_options, parity_candidates, prove_decisions
+from deploy.candidates import (
+    batch_candidates,
+    bench_candidates,
+    build_options,
+    parity_candidates,
+    prove_decisions,
+    prove_selection,
+)
 from deploy.console import Console
 from deploy.errors import CheckpointError
 from deploy.graph.pipeline import run_passes
@@ -27,6 +34,7 @@ from deploy.parity.compare import check_parity, with_drift
 from deploy.parity.decisions import with_decisions
 from deploy.parity.inputs import InputPack
 from deploy.parity.metrics import furthest
+from deploy.parity.selection import with_selection
 from deploy.precision.convert import convert_precision
 from deploy.recipe import Recipe
 from deploy.records import (
@@ -149,6 +157,8 @@ class Work:
         parity = check_parity(self.loaded.run, candidates, self.inputs, limits, task=task)
         if decisions := prove_decisions(self.loaded, self.recipe, self.folder, files, self.inputs):
             parity = with_decisions(parity, decisions)
+        if found := prove_selection(self.loaded, self.recipe, self.folder, files, engines, self.inputs, limits):
+            parity = with_selection(parity, found)
         shipped = batch_candidates(candidates, every=False)
         batches = check_batches(shipped, self.inputs, self.recipe.batch, limits, task=task)
         approximate = self.loaded.approximate

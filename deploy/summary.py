@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 from deploy import units
 
 if TYPE_CHECKING:
-    from deploy.records import BatchCheck, BenchRecord, Comparison, EngineRecord, Latency, Ratio, RunRecord
+    from deploy.records import (
+        BatchCheck,
+        BenchRecord,
+        Comparison,
+        EngineRecord,
+        Latency,
+        Ratio,
+        RunRecord,
+        SelectionCheck,
+    )
 
 PASSED, FAILED, INCOMPLETE = "PASSED", "FAILED", "INCOMPLETE"
 PASSED_UNRUN = "PASSED, ENGINE NOT RUN"
@@ -113,6 +122,38 @@ def parity_rows(run: RunRecord) -> list[tuple[str, ...]]:
         )
         for c in run.parity.comparisons
     ]
+
+
+SELECTION_COLUMNS = (
+    "stage", "gate", "logits, median", "logits, largest", "boxes", "row by row", "rows moved", "shared", "lost, margin",
+    "matched", "verdict",
+)  # fmt: skip
+
+
+def selection_rows(run: RunRecord) -> list[tuple[str, ...]]:
+    """Return a row per stage of a detector: differences by position, what moved, what was lost, the verdict.
+
+    Differences row by row are marked as no criterion where rows moved.
+    """
+    return [
+        (
+            c.stage,
+            c.gate,
+            *(units.number(value) if value is not None else "-" for value in (c.median, c.largest, c.boxes)),
+            "-" if c.elementwise is None else units.number(c.elementwise) + (" (not a criterion)" if c.moved else ""),
+            *("-" if share is None else units.percent(share) for share in (c.moved, c.overlap)),
+            "-" if c.lost is None else f"{c.lost}, {units.number(c.margin)}",
+            "-" if c.matched is None else units.percent(c.matched),
+            _selection_verdict(c),
+        )
+        for c in (run.parity.selection if run.parity else ())
+    ]
+
+
+def _selection_verdict(check: SelectionCheck) -> str:
+    if not check.ok:
+        return "FAIL: " + "; ".join(check.failures)
+    return "precision not proven (weights: random)" if check.random else "pass"
 
 
 BATCH_COLUMNS = ("stage", "batch sizes", "alone", "permuted", "duplicated", "neighbour", "repeated", "verdict")

@@ -33,6 +33,7 @@ from deploy.errors import (
 from deploy.models.checkpoint import Checkpoint, State, Template, WeightMap, fit_checkpoint, read_checkpoint
 from deploy.models.decisions import Decisions
 from deploy.models.drawing import Drawing
+from deploy.models.selecting import Selection
 from deploy.models.sources import Source, choose_text, fetch, parse_source
 from deploy.models.tuning import Tuning
 from deploy.models.weights import random_state
@@ -123,6 +124,7 @@ class System:
         flags: Options that the command line offers by a name of their own.
         feeds: Makers of the inputs other than ``images`` for parity: images float32 [n,3,H,W] to an array of n rows.
         decisions: What the deploy form chooses where rounding can turn the choice; parity then compares it apart.
+        selection: Where a detector selects its queries; parity then goes through ``deploy.parity.selection``.
         drawing: What ``effdeploy show`` draws on a photo.
         tuning: What ``effdeploy tune`` searches.
         interface: ``options -> fields`` of this class that depend on the options: ``inputs``, ``outputs``, ``task``,
@@ -152,6 +154,7 @@ class System:
     flags: tuple[Flag, ...] = ()
     feeds: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.generic]]] = field(default_factory=dict)
     decisions: Decisions | None = None
+    selection: Selection | None = None
     drawing: Drawing | None = None
     tuning: Tuning | None = None
     interface: Callable[[Options], Mapping[str, Any]] = _as_declared

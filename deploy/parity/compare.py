@@ -28,6 +28,7 @@ Infer = Callable[[Feeds], Mapping[str, Array]]
 
 # Below this share of its own size, the outputs hardly depend on the image.
 DEAD = 0.01
+DECIDING = ("detection", "queries")  # tasks whose reduced precision ``deploy.parity.selection`` judges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +76,8 @@ def check_parity(
     if task not in TASKS:
         raise UnknownNameError(f"unknown task {task!r}", hint=did_you_mean(task, TASKS))
     for candidate in candidates:
-        _require_limits(candidate.precision, tolerances)
+        _require_limits(candidate.precision, tolerances, task)
+    tolerances = {name: _of_outputs(tolerance, task) for name, tolerance in tolerances.items()}
     with _quiet_polygraphy():
         expected = _run("pytorch", reference, inputs)
         notes = _reference_notes(expected, inputs)
@@ -119,9 +121,16 @@ def with_drift(parity: ParityRecord, drift: Drift, limit: float | None, *, appro
     return dataclasses.replace(parity, notes=(*parity.notes, note))
 
 
-def _require_limits(precision: Precision, tolerances: Mapping[str, Tolerance]) -> None:
+def _of_outputs(tolerance: Tolerance, task: str) -> Tolerance:
+    """Leave the distance of outputs unjudged where a detector is judged by its decisions (gate B)."""
+    if task not in DECIDING or not tolerance.decides:
+        return tolerance
+    return dataclasses.replace(tolerance, max_relative=None, cosine=None, snr_db=None, top1=None, top5=None)
+
+
+def _require_limits(precision: Precision, tolerances: Mapping[str, Tolerance], task: str) -> None:
     limits = tolerances.get(precision.value)
-    if limits is None or limits == Tolerance():
+    if limits is None or limits == Tolerance() or (limits.decides and limits.unbounded and task not in DECIDING):
         got = "none" if limits is None else "one without any limit"
         raise RecipeError(
             f"parity: the tolerance for {precision.value} is {got}; expected at least one limit",

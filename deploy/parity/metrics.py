@@ -257,8 +257,8 @@ def _snr(error: float, energy: float) -> float:
 def judge(metrics: Metrics, tolerance: Tolerance) -> tuple[str, ...]:
     """Return one sentence per limit that is broken, e.g. ``"cosine 0.9981 < 0.9999"``; none when all hold.
 
-    NaN and infinity fail whatever the tolerance says, and so does an output that no limit applies to: what was not
-    judged has not passed. Flips of the best class that are ``near_ties`` are not held against ``top1``.
+    NaN and infinity fail whatever the tolerance says, and so does an output that no limit applies to, unless it is left
+    to ``deploy.parity.selection``: what was not judged has not passed. Flips of the best class that are ``near_ties`` are not held against ``top1``.
     """
     failures = []
     judged = _judged(metrics, tolerance)
@@ -271,7 +271,7 @@ def judge(metrics: Metrics, tolerance: Tolerance) -> tuple[str, ...]:
             ties = near_ties(metrics, tolerance) if name == "top1" else 0
             tail = f", {ties} near tie{'s' if ties != 1 else ''} counted as agreement" if ties else ""
             failures.append(sentence + tail)
-    if not judged:
+    if not judged and not tolerance.decides:
         failures.append(UNJUDGED)
     return tuple(failures)
 

@@ -22,6 +22,7 @@ def parity(run: RunRecord) -> Section:
         Details(summary="Error by kind of input", blocks=(_per_input_table(record),)),
     ]
     blocks += _decision_blocks(record)
+    blocks += _selection_blocks(run)
     blocks += _batch_blocks(run)
     if record.notes:
         blocks.append(Listing(items=record.notes, tone=QUIET))
@@ -143,6 +144,24 @@ def _decision_blocks(record: ParityRecord) -> list[Block]:
     )  # fmt: skip
     if all(c.ok for c in record.decisions):
         return [Details(summary=f"{len(record.decisions)} checks of decisions", blocks=(table,))]
+    return [table]
+
+
+def _selection_blocks(run: RunRecord) -> list[Block]:
+    """Show both gates of a detector: a row per stage, rows aligned by the position that they were selected from."""
+    rows = summary.selection_rows(run)
+    if not rows:
+        return []
+    columns = summary.SELECTION_COLUMNS
+    table = Table(
+        title="Queries aligned by the position that they were selected from; gate A: float32, gate B: what is decided",
+        columns=columns,
+        numeric=frozenset(columns[2:-1]),
+        rows=tuple(
+            cells(*row[:-1], words.verdict(not row[-1].startswith("FAIL: "), row[-1].removeprefix("FAIL: ")))
+            for row in rows
+        ),
+    )
     return [table]
 
 

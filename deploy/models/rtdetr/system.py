@@ -20,6 +20,7 @@ from deploy.models.rtdetr.encoder import HybridEncoder
 from deploy.models.rtdetr.layers import folded
 from deploy.models.rtdetr.sampling import BILINEAR
 from deploy.models.rtdetr.weights import RELAYOUTS, UNREAD, WEIGHT_MAPS
+from deploy.models.selecting import Selection
 from deploy.records import Target, TensorSpec
 
 SAMPLING = {Target.ONNXRUNTIME: "grid_sample", Target.TENSORRT: "gather"}
@@ -187,7 +188,7 @@ def interface(options: Mapping[str, Any]) -> dict[str, Any]:
             for name, c, stride in zip(_FEATURES, channels, STRIDES, strict=True)
         )
         feeds = {spec.name: _feature_maker(i, c) for i, (spec, c) in enumerate(zip(specs, channels, strict=True))}
-        return {"inputs": specs, "outputs": ("p3", "p4", "p5"), "task": "maps", "feeds": feeds}
+        return {"inputs": specs, "outputs": ("p3", "p4", "p5"), "task": "maps", "feeds": feeds, "selection": None}
     if options["head"] == "raw":
         return {"inputs": (_IMAGES,), "outputs": ("pred_logits", "pred_boxes"), "task": "queries"}
     return {}
@@ -316,6 +317,7 @@ SYSTEM = System(
     outputs=("labels", "boxes", "scores"),
     adapt=adapt,
     keep_fp32=keep_fp32,
+    selection=Selection(selector="decoder.selection", decoder="decoder", scores="decoder.enc_score_head"),
     feeds={"orig_target_sizes": original_sizes},
     interface=interface,
     flags=(
