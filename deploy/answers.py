@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Any
 
 from deploy.records import Artifact, ModelRecord, Stage, record
@@ -183,6 +184,7 @@ class ScoredRun:
 
     run: str
     scores: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of 95 %, where they are known
 
 
 @record
@@ -203,3 +205,4 @@ class EvalRecord:
     drops: Mapping[str, float]
     agreement: float | None
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()  # images that were left out

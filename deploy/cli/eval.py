@@ -16,6 +16,9 @@ def evaluate(
     coco: Annotated[
         Path | None, typer.Option(help="Folder of images with COCO annotations, for detectors.", show_default=False)
     ] = None,
+    imagefolder: Annotated[
+        Path | None, typer.Option(help="Folder of classes as sub-folders, for classifiers.", show_default=False)
+    ] = None,
     max_images: Annotated[int | None, typer.Option(min=1, help="At most so many images.")] = None,
     max_drop: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Fail if the engine scores lower than PyTorch by more.")
@@ -30,5 +33,6 @@ def evaluate(
         from deploy import api
 
         api.evaluate(
-            bundle, coco=coco, max_images=max_images, max_drop=max_drop, weights=weights, console=console
+            bundle, coco=coco, imagefolder=imagefolder, max_images=max_images, max_drop=max_drop, weights=weights,
+            console=console,
         )  # fmt: skip
