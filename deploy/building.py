@@ -236,7 +236,8 @@ def model_precision(model: Path) -> Precision:
     """
     types = graph_types(model)
     found = set(types.matrix.values()) or set(types.counts)
-    low = [precision for precision in Precision if precision is not Precision.FP32 and precision.value in found]
+    order = (Precision.INT8, Precision.FP8, Precision.FP16, Precision.BF16)  # beside 8 bits, the rest has 16
+    low = [precision for precision in order if precision.value in found]
     return low[0] if low else Precision.FP32
 
 

@@ -38,7 +38,16 @@ from deploy.parity.selection import check_selection
 from deploy.parity.validation import SelectingFile
 from deploy.precision.emulate import emulated
 from deploy.recipe import Recipe
-from deploy.records import Artifact, EngineRecord, ParityRecord, Precision, SelectionCheck, TensorSpec, Tolerance
+from deploy.records import (
+    Artifact,
+    EngineRecord,
+    ParityRecord,
+    Precision,
+    SelectionCheck,
+    Target,
+    TensorSpec,
+    Tolerance,
+)
 from deploy.trace import bare_export, quiet_torch
 
 DEPLOY_FORM, ENGINE = "deploy form", "engine"  # names of stages
@@ -111,14 +120,14 @@ def parity_candidates(
     outputs = loaded.outputs
     found = [Candidate(stage=DEPLOY_FORM, precision=Precision.FP32, open=lambda: TorchRunner(loaded.deploy, outputs))]
     options = build_options(recipe)
-    on_cpu = dataclasses.replace(options, device="cpu")
+    on_cpu = _for_judging(options, loaded)
     ran = {engine.artifact.name for engine in engines if engine.runnable}
     for stage, artifact in stages.items():
         precision = Precision(stage) if stage in set(Precision) else Precision.FP32
         path = open_artifact(artifact, folder)
         if artifact.name not in ran and precision is not Precision.BF16:
             found.append(Candidate(stage=stage, precision=precision, open=partial(open_model, path, on_cpu)))
-        if precision is not Precision.FP32:
+        if _has_16_bits(precision, loaded):
             found.append(
                 Candidate(stage=f"{stage}, rounded", precision=precision, open=partial(_emulated, path, on_cpu))
             )
@@ -161,11 +170,11 @@ def prove_decisions(
     files = []
     if precision is not Precision.BF16:
         files.append(DecidingFile(stage=stage, precision=precision, load=lambda: load_model(path)))
-    if precision is not Precision.FP32:
+    if _has_16_bits(precision, loaded):
         rounded = DecidingFile(stage=f"{stage}, rounded", precision=precision, load=lambda: emulated(load_model(path)))
         files.append(rounded)
     traced = load_model(open_artifact(next(iter(stages.values())), folder))
-    on_cpu = dataclasses.replace(build_options(recipe), device="cpu")
+    on_cpu = _for_judging(build_options(recipe), loaded)
     return check_decisions(model, traced, files, inputs, lambda p: open_model(p, on_cpu), loaded.system.task)
 
 
@@ -185,7 +194,7 @@ def prove_selection(
     float32 = SelectingFile(stage=stage, precision=Precision.FP32, load=partial(load_model, path))
     files: list[SelectingFile | Candidate] = [float32]
     if recipe.precision is not Precision.FP32:
-        files += _low_files(recipe.precision, paths[recipe.precision.value])
+        files += _low_files(recipe.precision, paths[recipe.precision.value], loaded)
     on_file = {artifact.name for artifact in stages.values()}
     options = build_options(recipe)
     files += [
@@ -193,7 +202,7 @@ def prove_selection(
         for engine in engines
         if engine.runnable and engine.artifact.name not in on_file and recipe.precision is not Precision.FP32
     ]
-    on_cpu = dataclasses.replace(options, device="cpu")
+    on_cpu = _for_judging(options, loaded)
     model = SelectingModel(loaded, loaded.system.selection)
     random = loaded.record.weights.kind == "random"
     return check_selection(
@@ -201,14 +210,27 @@ def prove_selection(
     )
 
 
-def _low_files(precision: Precision, path: Path) -> list[SelectingFile]:
+def _low_files(precision: Precision, path: Path, loaded: Loaded) -> list[SelectingFile]:
     typed = partial(load_model, path)
     rounded = SelectingFile(
         stage=f"{precision.value}, rounded", precision=precision, load=lambda: emulated(load_model(path)), typed=typed
     )
     if precision is Precision.BF16:
         return [rounded]
-    return [SelectingFile(stage=precision.value, precision=precision, load=typed), rounded]
+    as_it_runs = SelectingFile(stage=precision.value, precision=precision, load=typed)
+    return [as_it_runs, rounded] if _has_16_bits(precision, loaded) else [as_it_runs]
+
+
+def _has_16_bits(precision: Precision, loaded: Loaded) -> bool:
+    """Whether a graph of this precision has 16-bit tensors; beside INT8, ONNX Runtime computes in float32."""
+    if precision.quantised:
+        return loaded.target is Target.TENSORRT
+    return precision is not Precision.FP32
+
+
+def _for_judging(options: BuildOptions, loaded: Loaded) -> BuildOptions:
+    """Run on the CPU; what was quantised for TensorRT as it is written, not in ONNX Runtime's own integer kernels."""
+    return dataclasses.replace(options, device="cpu", integer_kernels=loaded.target is not Target.TENSORRT)
 
 
 def engine_name(engine: EngineRecord, engines: Sequence[EngineRecord]) -> str:

@@ -22,8 +22,8 @@ E = TypeVar("E", bound=Enum)
 def recipe_of(
     system: PathLike, *, variant: str | None, weights: PathLike | None, size: Size | None, batch: int | str | None,
     precision: str | None, backend: str | None, target: str | None, sm: str | Sequence[int] | None,
-    device: str | None, images: PathLike | None, baseline: Names | None, seconds: float | None, threads: int | None,
-    set_: Assignments, verify_each: bool,
+    device: str | None, images: PathLike | None, calib: PathLike | None, calib_method: str | None,
+    baseline: Names | None, seconds: float | None, threads: int | None, set_: Assignments, verify_each: bool,
 ) -> Recipe:  # fmt: skip
     """Resolve a recipe from keywords; a mistake is named by the command line's option."""
     from deploy.reuse import resolve_once
@@ -39,6 +39,8 @@ def recipe_of(
         "engine.sm": ("--sm", listed(sm)),
         "engine.device": ("--device", device),
         "parity.images": ("--images", images),
+        "quantization.calib": ("--calib", calib),
+        "quantization.method": ("--calib-method", calib_method),
         "bench.baselines": ("--baseline", listed(baseline)),
         "bench.seconds": ("--seconds", seconds),
         "bench.threads": ("--threads", threads),

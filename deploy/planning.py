@@ -38,7 +38,7 @@ from deploy.records import ModelRecord, Precision, RunRecord, Stage, Target, Wei
 from deploy.reuse import CONSUMES, preview
 from deploy.trace import choose_opset
 
-BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}
+BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2, Precision.INT8: 1, Precision.FP8: 1}
 COLUMNS = ("stage", "does", "seconds", "writes", "evidence")
 
 

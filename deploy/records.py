@@ -142,8 +142,8 @@ class CalibratedTensor:
     """The range of one quantised activation, and what it leaves out.
 
     ``low`` and ``high`` were measured, ``clip_low`` and ``clip_high`` are kept; ``saturated`` is the share of measured
-    values beyond them, ``levels`` how many of the 256 integer levels any value takes. A ``dead`` range says nothing about
-    other images: all values are one, or hardly any level is used.
+    values beyond them, ``levels`` how many of the 256 integer levels any value takes. A ``dead`` range says nothing
+    about other images: all values are one, or hardly any level is used.
     """
 
     tensor: str

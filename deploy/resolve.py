@@ -17,7 +17,8 @@ from deploy.backends.base import Feeds
 from deploy.bench import BenchOptions
 from deploy.errors import RecipeError, SizeError, UnknownNameError, did_you_mean
 from deploy.models import SYSTEMS, find_system
-from deploy.parity.inputs import InputPack, pack
+from deploy.parity.inputs import InputPack, natural_image, pack
+from deploy.precision.images import CalibrationImages, generated_images, images_of_folder
 from deploy.preprocess import find_images
 from deploy.recipe import (
     Layer,
@@ -33,6 +34,8 @@ from deploy.records import Stage, Tolerance
 
 if TYPE_CHECKING:
     from deploy.models.base import Flag, System
+
+_GENERATED, _CALIBRATION_SEED, _CALIBRATION_BATCH = 16, 1000, 8
 
 
 def resolve_recipe(
@@ -175,6 +178,31 @@ def parity_inputs(system: System, recipe: Recipe) -> InputPack:
         photos=photos,
         extra=system.feeds,
     )
+
+
+def calibration_images(system: System, recipe: Recipe) -> CalibrationImages:
+    """Return the recipe's calibration images, or generated ones with natural statistics where it names no folder.
+
+    The generated ones are not those that parity compares on.
+
+    Raises:
+        ImageError: the folder is missing, unreadable, or holds no image.
+    """
+    from deploy.models.base import specialised  # as in _mistakes
+
+    section, spec = recipe.quantization, recipe.preprocess.record()
+    system = specialised(system, recipe)
+    batch = max(recipe.batch.min, min(recipe.batch.opt, _CALIBRATION_BATCH))
+    if section.calib is not None:
+        return images_of_folder(
+            section.calib, recipe.size, spec, limit=section.max_images, batch=batch, inputs=system.inputs,
+            makers=system.feeds,
+        )  # fmt: skip
+    return generated_images(
+        lambda index: natural_image(recipe.size, spec, _CALIBRATION_SEED + index), _GENERATED,
+        identity=f"natural {_CALIBRATION_SEED} {recipe.size} {spec}", batch=batch, inputs=system.inputs,
+        makers=system.feeds,
+    )  # fmt: skip
 
 
 def sample_feeds(inputs: InputPack, count: int) -> Feeds:

@@ -72,7 +72,7 @@ CONSUMES: Mapping[Stage, tuple[str, ...]] = {
     Stage.MODEL: (*_MODEL, "preprocess"),
     Stage.TRACE: (*_MODEL, "batch", "trace"),
     Stage.PASSES: ("passes",),
-    Stage.PRECISION: ("precision", "typing"),
+    Stage.PRECISION: ("precision", "typing", "quantization"),
     Stage.ENGINE: ("engine", "precision", "system", "size", "batch", "bench.threads"),
     Stage.PARITY: (*_MODEL, *_INPUTS, "precision", "engine", "parity", "bench.threads"),
     Stage.LATENCY: (*_INPUTS, "precision", "engine", "bench"),
@@ -179,6 +179,8 @@ class Reuse:
         found = {key: value for key, value in recipe.items() if _chosen(key, names)}
         if "parity.images" in found:
             found["parity.images"] = _photos(self.recipe)
+        if "quantization.calib" in found:
+            found |= _calibration(self.recipe)
         for source in READS.get(stage, ()):
             for artifact in artifacts_in(self.records[source]):
                 found[f"{source.value} file {artifact.name}"] = artifact.sha256
@@ -326,6 +328,20 @@ def _photos(recipe: Recipe) -> str:
     for path in find_images(recipe.parity.images, recipe.parity.max_images):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _calibration(recipe: Recipe) -> dict[str, str]:
+    """Identify the calibration images by their content, and what of the CPU decides the bits of weights."""
+    if not recipe.precision.quantised:
+        return {"quantization.calib": "not read"}
+    from deploy.precision.cpu import dot_product
+    from deploy.precision.images import chosen_images
+
+    section, digest = recipe.quantization, hashlib.sha256()
+    for path in chosen_images(section.calib, section.max_images) if section.calib else ():
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    images = digest.hexdigest() if section.calib else "generated"
+    return {"quantization.calib": images, "8-bit dot product": dot_product() or "none"}
 
 
 def _surroundings(stage: Stage, here: Environment) -> dict[str, str]:

@@ -36,6 +36,7 @@ from deploy.parity.inputs import InputPack
 from deploy.parity.metrics import furthest
 from deploy.parity.selection import with_selection
 from deploy.precision.convert import convert_precision
+from deploy.precision.quantize import QuantizationRequest
 from deploy.recipe import Recipe
 from deploy.records import (
     Artifact,
@@ -51,7 +52,7 @@ from deploy.records import (
     Target,
     TraceRecord,
 )
-from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
+from deploy.resolve import bench_options, calibration_images, parity_inputs, sample_feeds, tolerances
 from deploy.trace import TraceRequest, choose_opset, onnx_from_torch
 
 _RANGE_IMAGES = 2  # enough to see an FP16 overflow coming, cheap enough to be on the road
@@ -137,6 +138,19 @@ class Work:
             feeds=None if self.recipe.precision is Precision.FP32 else self.sample(),
             keep=(*self.recipe.typing.keep_fp32, *kept),
             target=self.target,
+            quantization=self._quantization() if self.recipe.precision.quantised else None,
+        )
+
+    def _quantization(self) -> QuantizationRequest:
+        """Return what INT8 and FP8 are asked for; the images are read when ranges are measured."""
+        section = self.recipe.quantization
+        return QuantizationRequest(
+            images=calibration_images(self.system, self.recipe),
+            method=section.method,
+            percentile=section.percentile,
+            weight_bits=section.weight_bits,
+            asked=section.keep_high,
+            kept=self.system.keep_high(resolve_options(self.system, self.recipe)),
         )
 
     def build(self, typed: PrecisionRecord) -> tuple[EngineRecord, ...]:

@@ -39,6 +39,8 @@ class BuildOptions:
         hardware: TensorRT hardware compatibility: ``"none"``, ``"ampere_plus"`` or ``"same_compute_capability"``.
         refit: Whether the weights of the built engine can be replaced.
         strip: Whether the engine is written without its weights; it is filled from the ONNX file when it is opened.
+        integer_kernels: Whether ONNX Runtime may run Q/DQ in its integer kernels; without them it rounds as the graph
+            says and multiplies in float32, which is how a graph for TensorRT is judged.
         progress: Told how far a build is, where the runtime says so; called from the runtime's own thread.
     """
 
@@ -57,6 +59,7 @@ class BuildOptions:
     hardware: str = "none"
     refit: bool = False
     strip: bool = False
+    integer_kernels: bool = True
     progress: Progress | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -16,6 +16,7 @@ from deploy.errors import EngineBuildError
 MATRIX_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention"})
 NORM_OPS = frozenset({"LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"})
 _NO_ARITHMETIC = frozenset({"Cast", "Constant", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
+_QUANTISE, _DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
 # What may stand between the two products of an attention and its softmax: scale, bias, mask, casts, other shapes.
 _BETWEEN = _NO_ARITHMETIC | {"Mul", "Div", "Add", "Sub", "Where", "Dropout", "Expand", "Slice"}
 _DEPTH = 8  # nodes between softmax and product; attention has fewer
@@ -25,6 +26,12 @@ _FLOATS = {
     onnx.TensorProto.BFLOAT16: "bf16",
     onnx.TensorProto.DOUBLE: "fp64",
 }
+_EIGHT_BITS = {
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.UINT8: "int8",
+    onnx.TensorProto.FLOAT8E4M3FN: "fp8",
+    onnx.TensorProto.FLOAT8E5M2: "fp8",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +39,8 @@ class GraphTypes:
     """The floating-point types of a graph's nodes, by the type of their first output.
 
     Attributes:
-        counts: Precision -> nodes that do arithmetic (casts, constants and reshapes left out).
+        counts: Precision -> nodes that do arithmetic (casts, Q/DQ, constants and reshapes left out). A product of two
+            dequantised tensors is ``"int8"`` or ``"fp8"``.
         matrix: Name of each matrix node -> its precision; products of constants, which are folded, are left out.
         producers: Tensor name -> name of the node that writes it.
         nodes: Name of each node that does arithmetic -> its precision.
@@ -62,11 +70,13 @@ def graph_types(path: Path) -> GraphTypes:
     values = (*graph.input, *graph.output, *graph.value_info)
     types = {v.name: v.type.tensor_type.elem_type for v in values} | {t.name: t.data_type for t in graph.initializer}
     constant = _constants(graph)
+    quantised = _quantised(graph, types)
     nodes: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for node in graph.node:
         precision = _FLOATS.get(types.get(node.output[0], 0), "") if node.output else ""
-        if precision and node.op_type not in _NO_ARITHMETIC:
+        precision = quantised.get(node.name, precision)
+        if precision and node.op_type not in _NO_ARITHMETIC | {_QUANTISE, _DEQUANTISE}:
             counts[precision] += 1
             nodes[node.name] = precision
     matrix = [n for n in graph.node if n.op_type in MATRIX_OPS and n.name in nodes and n.output[0] not in constant]
@@ -89,14 +99,27 @@ def _read(path: Path) -> tuple[onnx.GraphProto, dict[str, int]]:
         model = onnx.load(path, load_external_data=False)
         weights: Counter[str] = Counter()
         for tensor in model.graph.initializer:
-            if tensor.data_type in _FLOATS:
-                weights[_FLOATS[tensor.data_type]] += math.prod(tensor.dims)
+            named = _FLOATS.get(tensor.data_type) or _EIGHT_BITS.get(tensor.data_type)
+            if named:
+                weights[named] += math.prod(tensor.dims)
             if len(tensor.raw_data) > 4096:  # type inference reads shapes, never weights; copying them costs seconds
                 tensor.ClearField("raw_data")
         return onnx.shape_inference.infer_shapes(model, strict_mode=False).graph, dict(weights)
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineBuildError(f"{path.name} cannot be read as ONNX: {line}", hint="export again") from error
+
+
+def _quantised(graph: onnx.GraphProto, types: Mapping[str, int]) -> dict[str, str]:
+    """Return the products whose two operands are dequantised: node name -> the quantised type."""
+    sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type == _DEQUANTISE}
+    found = {}
+    for node in graph.node:
+        if node.op_type in MATRIX_OPS and len(node.input) > 1 and all(name in sources for name in node.input[:2]):
+            kind = _EIGHT_BITS.get(types.get(sources[node.input[0]], 0), "")
+            if kind:
+                found[node.name] = kind
+    return found
 
 
 def _constants(graph: onnx.GraphProto) -> set[str]:

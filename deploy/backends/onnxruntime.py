@@ -122,13 +122,13 @@ class OnnxRuntimeBackend:
         graph = graph_types(model)
         wanted = _providers(runtime, options)
         if CUDA not in wanted:
-            _refuse_bf16(options, "cpu")  # the session would fail first, with a kernel's name instead of a way out
+            _refuse_untakeable(options, "cpu")  # the session would fail first, without a way out
         with tempfile.TemporaryDirectory() as scratch:
             start = time.perf_counter()
             session = _session(runtime, model, options, wanted, profile=Path(scratch) / "build")
             seconds = time.perf_counter() - start
             device = _device(session)  # the CPU also where the CUDA provider could not be loaded
-            _refuse_bf16(options, device)
+            _refuse_untakeable(options, device)
             feeds = example_feeds(_inputs(session), options.batch)
             events = _profiled(session, feeds, runs=1)
         record = EngineRecord(
@@ -279,7 +279,17 @@ class _BoundTimer:
         return ""
 
 
-def _refuse_bf16(options: BuildOptions, device: str) -> None:
+def _refuse_untakeable(options: BuildOptions, device: str) -> None:
+    if options.precision is Precision.FP8:
+        raise BackendUnavailableError(
+            "ONNX Runtime has no FP8 kernels: it would compute this graph in float32 between conversions",
+            hint="--backend tensorrt_rtx --sm 89 for FP8, or --int8 for integer kernels here",
+        )
+    if options.precision is Precision.INT8 and device != "cpu":
+        raise BackendUnavailableError(
+            "ONNX Runtime's CUDA provider has no INT8 kernels: it would compute this graph in float32",
+            hint="--backend tensorrt for INT8 on a GPU, or --device cpu",
+        )
     if options.precision is Precision.BF16 and device == "cpu":
         raise BackendUnavailableError(
             "ONNX Runtime's CPU provider has no BF16 kernels for these graphs",
@@ -324,6 +334,8 @@ def _session(
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = _FATAL
+    if not options.integer_kernels:
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile:
         settings.enable_profiling, settings.profile_file_prefix = True, str(profile)
     with _translated(f"open {model.name}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,14 @@ _PRECISIONS = {
     "int8": "int8",
     "uint8": "int8",
 }
+INTEGER_KERNELS = frozenset(
+    {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger"}
+)
 _FUSED = {"LayerNormalization": "norm", "SkipLayerNormalization": "norm", "MultiHeadAttention": "attention",
           "Attention": "attention", "FusedConv": "conv", "FusedMatMul": "matmul", "FusedGemm": "matmul"}  # fmt: skip
+_FUSED_QDQ = re.compile(r"_token_\d+$")  # of a node that took the Q/DQ around it into itself
+_NAMED = 3  # nodes that a sentence names
+INTEGER = "integer"  # kind of a product that runs in integers
 Event = Mapping[str, Any]
 
 
@@ -55,15 +62,20 @@ def kernels_of(events: Sequence[Event], graph: GraphTypes) -> list[Kernel]:
         kernels.append(
             Kernel(
                 name=name, precision="cast" if arguments["op_name"] == "Cast" else precision, reads=reads,
-                writes=writes, fused=_FUSED.get(arguments["op_name"], ""), nodes=(name,), microseconds=event["dur"],
+                writes=writes, fused=_kind(arguments["op_name"]), nodes=(name,), microseconds=event["dur"],
             )
         )  # fmt: skip
     return kernels
 
 
+def _kind(op: str) -> str:
+    return INTEGER if op in INTEGER_KERNELS else _FUSED.get(op, "")
+
+
 def _node_name(event: str, graph: GraphTypes) -> str:
     """Undo the optimizer's names: prefixes, fusion suffixes, and tensor names for nodes of a blocked layout."""
     name = event.removesuffix("_kernel_time").removeprefix("InsertedPrecisionFreeCast_").removesuffix("_nchwc")
+    name = _FUSED_QDQ.sub("", name)
     return graph.producers.get(name) or name.split("/MatMulAddFusion")[0]
 
 
@@ -77,6 +89,8 @@ def audit_profile(asked: Precision, graph: GraphTypes, kernels: Sequence[Kernel]
     In the graph means: in its matrix nodes where it has any. ONNX Runtime fuses no attention and expands some norms
     whatever the precision, so no fused kernels are expected of it.
     """
+    if asked is Precision.INT8:
+        return _audit_integers(graph, kernels)
     nodes, total = graph.counts.get(asked.value, 0), sum(graph.counts.values())
     counts = kernel_counts(kernels)
     computing = sum(n for kind, n in counts.items() if kind not in ("cast", "other"))
@@ -99,4 +113,26 @@ def audit_profile(asked: Precision, graph: GraphTypes, kernels: Sequence[Kernel]
         fused=fused_counts(kernels), ok=not shorter if asked is Precision.FP32 else held,
         statement=statement, weights=graph.weights, microseconds=times(kernels),
         warnings=tuple(graph_warnings(asked, graph)),
+    )  # fmt: skip
+
+
+def _audit_integers(graph: GraphTypes, kernels: Sequence[Kernel]) -> Audit:
+    """Hold the quantised products against the kernels that ran, by name: each must be one of the integer kernels.
+
+    A Q/DQ pair around a float kernel is how ONNX Runtime falls back: it gives the same numbers, slower than FP32.
+    """
+    asked = [name for name, precision in graph.matrix.items() if precision == Precision.INT8.value]
+    integer = {name for k in kernels if k.fused == INTEGER for name in k.nodes}
+    ran = [name for name in asked if name in integer]
+    lost = [name for name in asked if name not in integer]
+    counts = kernel_counts(kernels)
+    statement = f"{len(asked)} of {len(graph.matrix)} matrix nodes of the graph are INT8; {len(ran)} of them ran in "
+    statement += f"ONNX Runtime's integer kernels, {counts.get('fp32', 0)} other kernels in FP32"
+    if lost:
+        more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
+        statement += f"; quantised and yet in float: {', '.join(lost[:_NAMED])}{more}"
+    return Audit(
+        asked=Precision.INT8, evidence="graph types and profile of one run", kernels=counts,
+        fused=fused_counts(kernels), ok=bool(asked) and not lost, statement=statement, weights=graph.weights,
+        microseconds=times(kernels), warnings=tuple(graph_warnings(Precision.INT8, graph)),
     )  # fmt: skip

@@ -38,6 +38,12 @@ def export(
     fp32: Annotated[bool, typer.Option("--fp32", help="Compute in float32 (default).")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Write FP16 into the graph.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Write BF16 into the graph.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Write INT8 (Q/DQ) into the graph, by calibration.")] = False,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Write FP8 (Q/DQ) into the graph; TensorRT, SM 89 and up.")
+    ] = False,
+    calib: Annotated[Path | None, typer.Option(help="Folder of images that INT8 and FP8 measure ranges on.")] = None,
+    calib_method: Annotated[str | None, typer.Option(help="minmax, percentile, mse or entropy.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="onnxruntime, tensorrt_rtx or tensorrt.", autocompletion=completing.backends)
     ] = None,
@@ -77,10 +83,10 @@ def export(
 
         (api.plan if dry_run else api.export)(
             system, variant=variant, weights=_one_source(weights, pretrained), size=size, batch=batch,
-            precision=_one_precision(fp32=fp32, fp16=fp16, bf16=bf16), backend=backend, target=target, sm=sm,
-            device=device, out=out, images=images, baseline=baseline, seconds=seconds, threads=threads,
-            set_=assignments or (), until=until, from_=start, reuse=not no_reuse,
-            verify_each=verify_each, console=console,
+            precision=_one_precision(fp32=fp32, fp16=fp16, bf16=bf16, int8=int8, fp8=fp8), backend=backend,
+            target=target, sm=sm, device=device, out=out, images=images, calib=calib, calib_method=calib_method,
+            baseline=baseline, seconds=seconds, threads=threads, set_=assignments or (), until=until, from_=start,
+            reuse=not no_reuse, verify_each=verify_each, console=console,
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from deploy.graph.passes import (
     FUSE_GELU,
     FUSE_GROUP_NORM,
     FUSE_LAYER_NORM,
+    LIFT_BIAS,
     REMOVE_CASTS,
     REMOVE_RESHAPES,
     SHARE_INITIALIZERS,
@@ -69,6 +70,12 @@ PIPELINE: dict[Target, tuple[Step, ...]] = {
         Step(FUSE_GROUP_NORM, "one kernel instead of three (TensorRT-RTX build log); RIFormer-S12 has 93 with it"),
         *_LAST,
     ),
+}
+
+# What runs once on a graph with Q/DQ, in the precision stage.
+AFTER_QUANTIZATION: dict[Target, tuple[Step, ...]] = {
+    Target.ONNXRUNTIME: (Step(LIFT_BIAS, "without it every linear layer with a bias runs in float32"),),
+    Target.TENSORRT: (),
 }
 
 

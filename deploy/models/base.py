@@ -87,6 +87,10 @@ def _none(options: Options) -> tuple[str, ...]:
     return ()
 
 
+def _nothing_high(options: Options) -> Mapping[str, str]:
+    return {}
+
+
 def _exact(options: Options) -> bool:
     return False
 
@@ -121,6 +125,8 @@ class System:
             Parity then compares with the deploy form in PyTorch, and what it leaves out is measured over the sample
             images and held to the recipe's ``parity.max_drift``. Everything else must be exact up to rounding.
         keep_fp32: ``options -> regular expressions`` on node names that stay float32 in every reduced precision.
+        keep_high: ``options -> {regular expression on node names: reason}``: products that stay out of INT8 and FP8,
+            besides those that ``deploy.precision.select`` leaves out of every graph.
         flags: Options that the command line offers by a name of their own.
         feeds: Makers of the inputs other than ``images`` for parity: images float32 [n,3,H,W] to an array of n rows.
         decisions: What the deploy form chooses where rounding can turn the choice; parity then compares it apart.
@@ -151,6 +157,7 @@ class System:
     random: Callable[[State], State] = _as_drawn
     approximate: Callable[[Options], bool] = _exact
     keep_fp32: Callable[[Options], tuple[str, ...]] = _none
+    keep_high: Callable[[Options], Mapping[str, str]] = _nothing_high
     flags: tuple[Flag, ...] = ()
     feeds: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.generic]]] = field(default_factory=dict)
     decisions: Decisions | None = None

@@ -45,7 +45,11 @@ SHARE_OF_TOLERANCE = 0.25
 # Where the recipe limits no max_relative. Float32: sums of K terms in another order differ by about sqrt(K) roundings,
 # K < 2**18. 16 bits: products are summed in float32, so only results that round to the other side differ, by one unit
 # a layer at few places.
-ROUNDING = {Precision.FP32.value: 512 * 2.0**-24, Precision.FP16.value: 8 * 2.0**-11, Precision.BF16.value: 8 * 2.0**-8}
+# INT8 and FP8: an activation at a border between two levels may fall to the other one.
+ROUNDING = {
+    Precision.FP32.value: 512 * 2.0**-24, Precision.FP16.value: 8 * 2.0**-11, Precision.BF16.value: 8 * 2.0**-8,
+    Precision.INT8.value: 8 * 2.0**-8, Precision.FP8.value: 8 * 2.0**-4,
+}  # fmt: skip
 # What the neighbour's float inputs become, signs alternating. 6e4 is within float16: it overflows later, as it may.
 NOISE: Mapping[str, float] = {"extreme values": 6e4, "NaN": math.nan, "infinity": math.inf}
 _GROUPS = ("noise", "natural", "photos")  # rows are ordinary images; the extremes are the neighbour's part

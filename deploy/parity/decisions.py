@@ -51,6 +51,8 @@ MARGIN = {precision: ROUNDING[precision.value] for precision in ARITHMETIC}
 IMPOSED = "decisions imposed"
 
 Names = Mapping[str, tuple[str, ...]]  # module -> the values that leave it; "" where an output is in no graph
+    Precision.INT8: Tolerance(cosine=0.98),
+    Precision.FP8: Tolerance(cosine=0.95),
 Open = Callable[[Path], Runner]
 
 

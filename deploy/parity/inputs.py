@@ -116,6 +116,11 @@ def _generator(*seeds: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(list(seeds)))
 
 
+def natural_image(size: tuple[int, int], spec: Preprocess, seed: int) -> NDArray[np.float32]:
+    """Draw one image with natural statistics, normalised: float32 [3, height, width]; never one of a pack's."""
+    return normalise(natural(size, _generator(seed, 3, 0)), spec)
+
+
 def natural(size: tuple[int, int], rng: np.random.Generator) -> Picture:
     """Draw an image with a 1/f amplitude spectrum, correlated colours, light from one side and a few objects."""
     fields = np.stack([_pink(size, rng, rng.uniform(0.9, 1.3)) for _ in range(3)], axis=-1)

@@ -1,4 +1,4 @@
-"""From a float32 graph to one whose every tensor has the type it is computed in: ``30-fp16.onnx``, ``30-bf16.onnx``."""
+"""From a float32 graph to one whose every tensor has the type it is computed in: ``30-fp16.onnx``, ``30-int8.onnx``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -13,20 +14,24 @@ import onnx.checker
 import onnx.inliner
 from onnx import ModelProto
 
-from deploy.artifacts import artifact_of
+from deploy.artifacts import artifact_of, sha256_of
 from deploy.backends.base import Feeds
 from deploy.errors import PrecisionError
 from deploy.graph.io import load_model, model_bytes, module_of, write_model
 from deploy.precision import policy
 from deploy.precision.decide import Decision, decide
 from deploy.precision.opset import raise_opset
+from deploy.precision.qdq import DQ, Q, quantised_products, scale_warning
+from deploy.precision.quantize import Quantised, QuantizationRequest, quantize
 from deploy.precision.ranges import ranges_of
 from deploy.precision.rewrite import dtype_counts, typed_model
-from deploy.precision.view import GraphView, inferred, tensor_types, types_in, view_of
+from deploy.precision.view import GraphView, inferred, opsets_of, tensor_types, types_in, view_of
 from deploy.precision.weights import loss_warning, refuse_beyond
 from deploy.records import Kept, Precision, PrecisionRecord, Target
 
 _EXAMPLES = 5
+MIN_QDQ_OPSET = 19
+"""From which QuantizeLinear and DequantizeLinear take float16 and float8."""
 
 
 def convert_precision(
@@ -37,11 +42,13 @@ def convert_precision(
     feeds: Feeds | None = None,
     keep: tuple[str, ...] = (),
     target: Target,
+    quantization: QuantizationRequest | None = None,
 ) -> PrecisionRecord:
     """Write ``model`` in ``precision`` as ``folder/30-<precision>.onnx``; float32 is the same file, not copied.
 
     Inputs and outputs stay float32. Nodes are low unless ``deploy/precision/policy.py``, ``keep``, the operator's
-    schema or the measured values say float32.
+    schema or the measured values say float32. INT8 and FP8 are of products alone; what is left computes in FP16 for
+    TensorRT and in float32 for ONNX Runtime.
 
     Args:
         model: A float32 ONNX file.
@@ -50,10 +57,12 @@ def convert_precision(
         feeds: Real inputs for the range check; without them it is left out, and the record says so.
         keep: Regular expressions, searched in node names; what they find stays float32.
         target: Runtime family that the file is for.
+        quantization: Calibration images and settings of INT8 and FP8, which need them.
 
     Raises:
         PrecisionError: the precision cannot be written into this graph.
         GraphPassError: ``model`` is not a whole ONNX file.
+        ImageError: calibration images cannot be read.
         StorageError: a file cannot be read or written.
     """
     start = time.perf_counter()
@@ -62,27 +71,90 @@ def convert_precision(
         return _unchanged(model, source, folder, start)
     if source.functions:
         source = onnx.inliner.inline_local_functions(source)
-    raised = raise_opset(source, precision)
-    view = view_of(source)
-    ranges = ranges_of(source, view.types, feeds) if feeds else {}
-    decision = decide(view, precision, target, keep, ranges)
-    _refuse_nothing_low(decision, precision)
-    typed = typed_model(source, view, decision, precision)
-    refuse_beyond(typed.losses, precision)
-    types = _with_all_types(typed.model)
+    quantised = _quantised(source, model, precision, target, quantization) if precision.quantised else None
+    low = Precision.FP16 if quantised else precision
+    if quantised and target is Target.ONNXRUNTIME:
+        written = _Written(model=quantised.model)
+    else:
+        written = _typed(source, low, target, feeds, keep, quantised)
+    types = _with_all_types(written.model)
     path = folder / f"30-{precision.value}.onnx"
-    write_model(_checked(typed.model), path)
-    notes = (raised, loss_warning(typed.losses, precision), *_range_warnings(view, ranges, precision))
+    write_model(_checked(written.model), path)
     return PrecisionRecord(
         artifact=artifact_of(path, folder),
         precision=precision,
-        dtype_counts=dtype_counts(typed.model, types),
+        dtype_counts=_counts(written.model, types, precision),
+        casts=written.casts,
+        kept=written.kept,
+        warnings=(*written.warnings, *(quantised.warnings if quantised else ())),
+        largest_activation=written.largest,
+        seconds=time.perf_counter() - start,
+        quantization=quantised.record if quantised else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Written:
+    """A graph in its final types, and what the record says of them."""
+
+    model: ModelProto
+    casts: int = 0
+    kept: tuple[Kept, ...] = ()
+    warnings: tuple[str, ...] = ()
+    largest: float | None = None
+
+
+def _quantised(
+    source: ModelProto, path: Path, precision: Precision, target: Target, request: QuantizationRequest | None
+) -> Quantised:
+    if request is None:
+        raise PrecisionError(
+            f"{precision.value.upper()} needs images to measure ranges on, and none were given",
+            hint="from Python: quantization=QuantizationRequest(images=images_of_folder(...))",
+        )
+    if (opset := opsets_of(source).get("", 1)) < MIN_QDQ_OPSET:
+        raise PrecisionError(
+            f"{precision.value.upper()} beside 16 bits needs opset {MIN_QDQ_OPSET}, the graph has {opset}",
+            hint=f"--set trace.opset={MIN_QDQ_OPSET}",
+        )
+    return quantize(source, precision, target, request, digest=sha256_of(path))
+
+
+def _typed(
+    source: ModelProto,
+    low: Precision,
+    target: Target,
+    feeds: Feeds | None,
+    keep: tuple[str, ...],
+    quantised: Quantised | None,
+) -> _Written:
+    """Type a graph, or what is not quantised of it, in 16 bits; ranges are those of the float32 graph."""
+    raised = raise_opset(source, low)
+    ranges = ranges_of(source, tensor_types(source), feeds) if feeds else {}
+    model = quantised.model if quantised else source
+    view = view_of(model)
+    decision = decide(view, low, target, keep, ranges)
+    _refuse_nothing_low(decision, low)
+    typed = typed_model(model, view, decision, low)
+    refuse_beyond(typed.losses, low)
+    scales = scale_warning(typed.model) if quantised else None
+    notes = (raised, loss_warning(typed.losses, low), scales, *_range_warnings(view, ranges, low))
+    return _Written(
+        model=typed.model,
         casts=typed.casts,
         kept=_kept(view, decision),
         warnings=tuple(note for note in notes if note),
-        largest_activation=max((v for v in ranges.values() if not math.isnan(v)), default=None),
-        seconds=time.perf_counter() - start,
+        largest=max((v for v in ranges.values() if not math.isnan(v)), default=None),
     )
+
+
+def _counts(model: ModelProto, types: dict[str, int], precision: Precision) -> dict[str, int]:
+    """Count nodes by type; a product of two dequantised tensors is quantised, Q and DQ themselves are no arithmetic."""
+    slim = ModelProto()
+    quantised = quantised_products(model)
+    slim.graph.node.extend(n for n in model.graph.node if n.op_type not in (Q, DQ) and n.name not in quantised)
+    found = dtype_counts(slim, types)
+    return dict(sorted({**found, precision.value: len(quantised)}.items())) if quantised else found
 
 
 def _unchanged(path: Path, model: ModelProto, folder: Path, start: float) -> PrecisionRecord:

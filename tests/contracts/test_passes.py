@@ -14,7 +14,7 @@ import deploy.graph.passes
 from deploy.graph.base import GraphPass, parse_example
 from deploy.graph.io import control_flow, graph_of, model_bytes, model_of, tensor_specs
 from deploy.graph.passes import PASSES
-from deploy.graph.pipeline import PIPELINE
+from deploy.graph.pipeline import AFTER_QUANTIZATION, PIPELINE
 
 every_pass = pytest.mark.parametrize("graph_pass", PASSES, ids=lambda p: p.name)
 
@@ -160,7 +160,8 @@ def test_the_unrelated_graph_would_be_noticed_if_it_were_touched() -> None:
 def test_every_file_of_passes_is_in_the_registry_and_every_pass_on_a_list() -> None:
     folder = Path(deploy.graph.passes.__file__).parent
     assert {p.name for p in PASSES} == {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert {step.pass_.name for steps in PIPELINE.values() for step in steps} == {p.name for p in PASSES}
+    lists = (*PIPELINE.values(), *AFTER_QUANTIZATION.values())
+    assert {step.pass_.name for steps in lists for step in steps} == {p.name for p in PASSES}
 
 
 @every_pass

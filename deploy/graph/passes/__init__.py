@@ -9,6 +9,7 @@ from deploy.graph.passes.fuse_batch_norm import FUSE_BATCH_NORM
 from deploy.graph.passes.fuse_gelu import FUSE_GELU
 from deploy.graph.passes.fuse_group_norm import FUSE_GROUP_NORM
 from deploy.graph.passes.fuse_layer_norm import FUSE_LAYER_NORM
+from deploy.graph.passes.lift_bias import LIFT_BIAS
 from deploy.graph.passes.remove_casts import REMOVE_CASTS
 from deploy.graph.passes.remove_reshapes import REMOVE_RESHAPES
 from deploy.graph.passes.share_initializers import SHARE_INITIALIZERS
@@ -23,6 +24,7 @@ PASSES: tuple[GraphPass, ...] = (
     REMOVE_CASTS,
     REMOVE_RESHAPES,
     SHARE_INITIALIZERS,
+    LIFT_BIAS,
 )
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "FUSE_GELU",
     "FUSE_GROUP_NORM",
     "FUSE_LAYER_NORM",
+    "LIFT_BIAS",
     "PASSES",
     "REMOVE_CASTS",
     "REMOVE_RESHAPES",
