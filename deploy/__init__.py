@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deploy.answers import EvalRecord as EvalRecord
     from deploy.answers import PackageRecord as PackageRecord
     from deploy.answers import PlanRecord as PlanRecord
+    from deploy.answers import PredictionRecord as PredictionRecord
     from deploy.answers import ShowRecord as ShowRecord
     from deploy.answers import SystemRecord as SystemRecord
     from deploy.answers import TuneRecord as TuneRecord
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from deploy.api import evaluate as evaluate
     from deploy.api import export as export
     from deploy.api import inspect as inspect
+    from deploy.api import lint as lint
     from deploy.api import package as package
     from deploy.api import plan as plan
+    from deploy.api import predict as predict
     from deploy.api import render as render
     from deploy.api import show as show
     from deploy.api import systems as systems
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from deploy.graph.inspection import GraphReport as GraphReport
     from deploy.records import BenchRecord as BenchRecord
     from deploy.records import BuildRecord as BuildRecord
+    from deploy.records import LintRecord as LintRecord
     from deploy.records import ParityRecord as ParityRecord
     from deploy.records import Precision as Precision
     from deploy.records import RunRecord as RunRecord
@@ -61,11 +65,12 @@ __version__ = "0.1.0"
 # Where each public name lives. No function has the name of a submodule: importing that would take its place.
 _HOMES = {
     "deploy.answers": (
-        "ConversionRecord", "EvalRecord", "PackageRecord", "PlanRecord", "ShowRecord", "SystemRecord", "TuneRecord",
+        "ConversionRecord", "EvalRecord", "PackageRecord", "PlanRecord", "PredictionRecord", "ShowRecord",
+        "SystemRecord", "TuneRecord",
     ),
     "deploy.api": (
-        "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "package", "plan",
-        "render", "show", "systems", "tune", "verify",
+        "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "lint", "package", "plan",
+        "predict", "render", "show", "systems", "tune", "verify",
     ),
     "deploy.comparing": ("BundleDiff",),
     "deploy.console": ("Console", "Mode"),
@@ -74,7 +79,7 @@ _HOMES = {
     "deploy.errors": ("EffdeployError",),
     "deploy.graph.inspection": ("GraphReport",),
     "deploy.records": (
-        "BenchRecord", "BuildRecord", "ParityRecord", "Precision", "RunRecord",
+        "BenchRecord", "BuildRecord", "LintRecord", "ParityRecord", "Precision", "RunRecord",
         "Stage", "Target",
     ),
 }  # fmt: skip

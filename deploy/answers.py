@@ -45,6 +45,26 @@ class FilesRecord:
 
 
 @record
+class Prediction:
+    """A class with its score, and for a detection its box: left, top, right, bottom in the photo's pixels."""
+
+    label: int
+    name: str
+    score: float
+    box: tuple[float, ...] = ()
+
+
+@record
+class PredictionRecord:
+    """What an engine sees on a photo, best first. ``file`` is the picture, empty where none was asked for."""
+
+    bundle: str
+    photo: str
+    found: tuple[Prediction, ...]
+    file: str
+
+
+@record
 class PackageRecord:
     """A model in a server's repository; ``files`` are named from the repository's folder."""
 

@@ -19,7 +19,9 @@ from deploy.choosing import tune as tune
 from deploy.finished import benchmark as benchmark
 from deploy.finished import diff as diff
 from deploy.finished import inspect as inspect
+from deploy.finished import lint as lint
 from deploy.finished import package as package
+from deploy.finished import predict as predict
 from deploy.finished import render as render
 from deploy.finished import verify as verify
 from deploy.keywords import (
@@ -80,7 +82,7 @@ def export(
         size: ``224``, ``"384x512"`` or ``(384, 512)``: height, then width.
         batch: ``4``, or ``"1:8:32"``: smallest, tuned for, largest.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"fp8"``; the command line has a flag for each.
-        backend: ``"onnxruntime"``, ``"tensorrt_rtx"`` or ``"tensorrt"``.
+        backend: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt_rtx"`` or ``"tensorrt"``.
         target: Lower the graph for ``"onnxruntime"`` or ``"tensorrt"``.
         sm: Ahead-of-time targets, e.g. ``(80, 89)`` or ``"80,89"``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from deploy.keywords import Names, PathLike, console_or_silence, listed, path_of, paths_of
 
 if TYPE_CHECKING:
-    from deploy.answers import PackageRecord
+    from deploy.answers import PackageRecord, PredictionRecord
     from deploy.comparing import BundleDiff
     from deploy.console import Console
     from deploy.contents import BundleReport, CheckpointReport, EngineReport
     from deploy.graph.inspection import GraphReport
-    from deploy.records import BenchRecord, RunRecord
+    from deploy.records import BenchRecord, LintRecord, RunRecord
 
 
 def verify(
@@ -136,6 +136,33 @@ def inspect(
     return inspect_path(path, console_or_silence(console), batch=batch, sizes=axis, depth=depth)
 
 
+def lint(
+    model: PathLike, *, for_: Names = (), strict: bool = False, console: Console | None = None
+) -> LintRecord:
+    """Hold an ONNX file against what runtimes refuse: ``effdeploy lint``.
+
+    Args:
+        model: ONNX file; data beside it is read only where a rule needs its values.
+        for_: Runtimes, with or without a version: ``"tensorrt==11.4"``, ``"onnxruntime"``; a sequence, or one text with
+            commas. Default: all runtimes that the rules know.
+        strict: Count warnings as errors.
+        console: Where the table goes; nowhere when left out.
+
+    Returns:
+        The findings: none of them an error.
+
+    Raises:
+        LintError: The file breaks a rule; ``record`` of the error holds all findings.
+        UnknownNameError: No such runtime.
+        RecipeError: A version that the rules do not cover.
+        GraphPassError: It is not a whole ONNX model.
+        StorageError: The file cannot be read.
+    """
+    from deploy.linting.show import lint_model
+
+    return lint_model(Path(model), listed(for_) or (), console_or_silence(console), strict=strict)
+
+
 def diff(
     a: PathLike,
     b: PathLike,
@@ -217,4 +244,42 @@ def package(
     return package_triton(
         Path(bundle), Path(triton), console_or_silence(console), name=name, labels=path_of(labels), device=device,
         instances=instances, queue_delay=queue_delay,
+    )  # fmt: skip
+
+
+def predict(
+    bundle: PathLike,
+    photo: PathLike,
+    *,
+    labels: PathLike | None = None,
+    top: int = 5,
+    threshold: float = 0.5,
+    out: PathLike | None = None,
+    console: Console | None = None,
+) -> PredictionRecord:
+    """Run a bundle's engine on a photo, from the bundle alone: ``effdeploy run``.
+
+    Args:
+        bundle: Bundle folder.
+        photo: Image file; it goes through the recipe's preprocessing.
+        labels: Text file with a class name per line.
+        top: Classes to name, of a classifier.
+        threshold: Lowest score of a detection, of a detector.
+        out: PNG file to draw; nothing is drawn when left out.
+        console: Where the table goes; nowhere when left out.
+
+    Returns:
+        The best classes with their probabilities, or the detections with boxes in the photo's pixels.
+
+    Raises:
+        BundleError: The folder is no bundle, was changed, or its engine gives neither classes nor detections.
+        BackendUnavailableError: No engine of the bundle runs here.
+        ImageError: The photo or the class names cannot be read.
+        StorageError: The picture cannot be written.
+    """
+    from deploy.predicting import predict_photo
+
+    return predict_photo(
+        Path(bundle), Path(photo), console_or_silence(console), labels=path_of(labels), top=top, threshold=threshold,
+        out=path_of(out),
     )  # fmt: skip

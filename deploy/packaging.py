@@ -18,7 +18,8 @@ from typing import Any
 from deploy.answers import PackageRecord
 from deploy.artifacts import artifact_of, open_artifact, read_manifest, storage_errors
 from deploy.console import Console
-from deploy.errors import BackendUnavailableError, BundleError, ImageError, RecipeError, SizeError, StorageError
+from deploy.errors import BackendUnavailableError, BundleError, RecipeError, SizeError, StorageError
+from deploy.labels import read_labels
 from deploy.records import Batch, EngineRecord, RunRecord, TensorSpec, TraceRecord
 
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
@@ -73,7 +74,7 @@ def package_triton(
         raise RecipeError(f"model name: got {model!r}, expected letters, digits, _, - and .", hint="--name detector")
     if device not in (None, *KINDS):
         raise RecipeError(f"device: got {device!r}, expected one of {', '.join(KINDS)}", hint="--device auto")
-    classes = _labels(labels, run) if labels else ()
+    classes = read_labels(labels, _classes(run)) if labels else ()
     text = config_text(
         run, engine, model, device=device, instances=instances, queue_delay=queue_delay, labelled=bool(classes)
     )
@@ -168,19 +169,19 @@ def _on_gpu(engine: EngineRecord) -> bool:
     return engine.backend == "tensorrt" or engine.device.startswith("cuda")
 
 
-def _labels(path: Path, run: RunRecord) -> tuple[str, ...]:
-    """Read class names and hold their number against the scores that the network gives."""
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ImageError(f"labels {path} cannot be read: {error}", hint="UTF-8 text, a class per line") from error
-    scores = _trace(run).outputs[0]
-    if scores.shape[-1] != len(names):
-        raise ImageError(
-            f"labels {path}: got {len(names)} names, the output {scores.name} is {list(scores.shape)}",
-            hint="a line for each class, in the order of the training",
+def _classes(run: RunRecord) -> int:
+    """Return the number of classes that the first output has a score for.
+
+    Raises:
+        BundleError: it has none, as that of a detector with its post-processor.
+    """
+    classes, scores = run.recipe.get("classes"), _trace(run).outputs[0]
+    if scores.shape[-1] != classes:
+        raise BundleError(
+            f"the output {scores.name} {list(scores.shape)} has no score for each of {classes} classes",
+            hint="leave --labels out",
         )
-    return names
+    return int(classes)
 
 
 def _tensor(spec: TensorSpec, largest: int) -> Fields:

@@ -23,21 +23,21 @@ ROOT = Path(__file__).parent.parent
 
 # The public names. A name that goes is a breaking change; a new one is added here on purpose.
 FUNCTIONS = {
-    "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "package", "plan", "render",
-    "show", "systems", "tune", "verify",
+    "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "lint", "package", "plan",
+    "predict", "render", "show", "systems", "tune", "verify",
 }  # fmt: skip
 TYPES = {
     "BenchRecord", "BuildRecord", "BundleDiff", "BundleReport", "CheckpointReport", "Console", "ConversionRecord",
-    "Diagnosis", "EffdeployError", "EngineReport", "EvalRecord", "GraphReport", "Mode", "PackageRecord",
-    "ParityRecord", "PlanRecord", "Precision",
+    "Diagnosis", "EffdeployError", "EngineReport", "EvalRecord", "GraphReport", "LintRecord", "Mode", "PackageRecord",
+    "ParityRecord", "PlanRecord", "Precision", "PredictionRecord",
     "RunRecord", "ShowRecord", "Stage", "SystemRecord", "Target", "TuneRecord",
 }  # fmt: skip
 
 # Command -> function. They differ where a submodule has the command's name, or where it is a builtin of Python.
 COMMANDS = {
     "export": "export", "verify": "verify", "bench": "benchmark", "report": "render", "list": "systems",
-    "convert": "convert", "inspect": "inspect", "diff": "diff", "build": "build",
-    "doctor": "diagnose", "eval": "evaluate", "package": "package", "show": "show", "tune": "tune",
+    "convert": "convert", "inspect": "inspect", "diff": "diff", "build": "build", "lint": "lint",
+    "doctor": "diagnose", "eval": "evaluate", "package": "package", "run": "predict", "show": "show", "tune": "tune",
 }  # fmt: skip
 TERMINAL = {"as_json", "quiet", "log"}  # the console says it
 RENAMED = {"fp32": "precision", "fp16": "precision", "bf16": "precision", "no_reuse": "reuse", "pretrained": "weights"}
@@ -54,7 +54,7 @@ def keyword(parameter):
     if parameter.param_type_name == "option":
         name = max(parameter.opts, key=len).removeprefix("--").replace("-", "_")
     name = RENAMED.get(name, name)
-    return f"{name}_" if name in ("from", "set") else name
+    return f"{name}_" if name in ("from", "set", "for") else name
 
 
 def keywords(command):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import skimage
 import torch
 import typer.main
 from support import effdeploy
@@ -43,7 +44,9 @@ def arguments(command: str, bundle: Path, folder: Path) -> list[object]:
         "convert": [weights, folder / "o.safetensors", "--system", "riformer", "--variant", "tiny"],
         "inspect": [bundle],
         "diff": [bundle, bundle],
+        "lint": [bundle / "20-patched.onnx"],
         "package": [bundle, "--triton", folder / "models"],
+        "run": [bundle, Path(skimage.__file__).parent / "data" / "chelsea.png"],
         "build": [bundle / "20-patched.onnx", "--backend", "onnxruntime", "--out", folder],
     }
     return calls[command]
@@ -74,9 +77,10 @@ def test_a_success_gives_a_result(command, tiny_bundle, tmp_path):
 
 WRONG = {
     "export": ["riformr"], "verify": ["nowhere"], "bench": ["nowhere"], "report": ["nowhere"], "inspect": ["nowhere"],
-    "convert": ["none.pth", "o.pth", "--system", "riformr"], "diff": ["nowhere", "nowhere"],
+    "convert": ["none.pth", "o.pth", "--system", "riformr"], "diff": ["nowhere", "nowhere"], "lint": ["nowhere"],
     "build": ["nowhere", "--backend", "onnxruntime"], "show": ["nowhere", "photo.jpg"],
-    "package": ["nowhere", "--triton", "models"], "eval": ["nowhere"], "tune": ["riformr"],
+    "package": ["nowhere", "--triton", "models"], "run": ["nowhere", "photo.jpg"],
+    "eval": ["nowhere"], "tune": ["riformr"],
 }  # fmt: skip
 
 
