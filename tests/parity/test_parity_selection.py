@@ -1,0 +1,214 @@
+"""Both gates of detectors on made-up runs: what is forgiven, what is judged, and what fails."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from deploy.errors import RecipeError
+from deploy.parity.compare import _of_outputs, _require_limits
+from deploy.parity.detection import match_detections
+from deploy.parity.selection import CUT, gate_a, gate_b, told_of, with_selection
+from deploy.parity.validation import Image, Seen
+from deploy.records import ParityRecord, Precision, Tolerance
+
+QUERIES, POSITIONS, CLASSES = 20, 100, 4
+SHIFT = np.array([8, 0, 8, 0])
+LIMITS = Tolerance(overlap=0.9, margin=0.02, matched=0.995, score=0.05)
+
+
+def run(seed=0):
+    """One image: positions with distinct scores, the best selected; each query is one confident detection."""
+    draw = np.random.default_rng(seed)
+    scores = draw.permutation(np.linspace(-3, 3, POSITIONS))
+    index = np.argsort(-scores)[:QUERIES]
+    logits = draw.normal(-3, 0.1, (QUERIES, CLASSES))
+    labels = draw.integers(0, CLASSES, QUERIES)
+    logits[np.arange(QUERIES), labels] = np.linspace(3, 0.5, QUERIES)
+    low = np.stack([np.arange(QUERIES) * 30.0, np.zeros(QUERIES)], 1)
+    outputs = {
+        "labels": labels,
+        "boxes": np.concatenate([low, low + 25], 1),
+        "scores": 1 / (1 + np.exp(-logits.max(1))),
+    }
+    boxes = draw.uniform(0.2, 0.8, (QUERIES, 4))
+    seen = Seen(index=index, rows=index, logits=logits, boxes=boxes, placed=logits, scores=scores)
+    return Image(outputs=outputs, seen=seen)
+
+
+def seen(image, **changes):
+    return dataclasses.replace(image, seen=dataclasses.replace(image.seen, **changes))
+
+
+def outputs(image, **changes):
+    return dataclasses.replace(image, outputs={**image.outputs, **changes})
+
+
+def moved(image, order):
+    s = image.seen
+    kept = {"index": s.index[order], "rows": s.rows[order], "logits": s.logits[order], "boxes": s.boxes[order]}
+    return seen(image, **kept, placed=s.logits[order])
+
+
+def swapped(image, rank, distance):
+    """Let the query of a rank give way to a position whose score lies ``distance`` below the cut."""
+    s = image.seen
+    other = int(np.setdiff1d(np.arange(POSITIONS), s.index)[0])
+    index, scores = s.index.copy(), s.scores.copy()
+    cut = scores[index].min()
+    scores[other] = cut - distance
+    if rank == QUERIES - 1:
+        scores[index[rank]] = cut
+    mine = seen(image, scores=scores)
+    index[rank] = other
+    return mine, seen(mine, index=index)
+
+
+def test_order_is_forgiven_and_said_to_be_no_criterion():
+    image = run()
+    check = gate_a("graph", [image], [moved(image, np.roll(np.arange(QUERIES), 1))])
+    assert check.ok
+    assert (check.moved, check.largest, check.overlap, check.lost) == (1.0, 0.0, 1.0, 0)
+    assert check.elementwise > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {"logits": s.logits + 1e-4}, "by a median of 1"),
+        (
+            lambda s: {"logits": s.logits + 2e-3 * (s.logits == s.logits.max())},
+            "logits of the same position differ by 0",
+        ),
+        (lambda s: {"boxes": s.boxes + 3e-5}, "boxes differ by"),
+        (lambda s: {"logits": s.logits * np.nan}, "NaN or infinity in 1 of 1"),
+    ],
+)
+def test_gate_a_fails(change, message):
+    image = run()
+    check = gate_a("graph", [image], [seen(image, **change(image.seen))])
+    assert not check.ok
+    assert any(message in failure for failure in check.failures)
+    assert told_of(check).startswith("gate A fails at 'graph': ")
+
+
+def test_only_what_lies_at_the_cut_may_be_selected_otherwise():
+    near, there = swapped(run(), QUERIES - 1, CUT / 2)
+    assert gate_a("graph", [near], [there]).ok
+    far, there = swapped(run(), QUERIES - 1, 3 * CUT)
+    check = gate_a("graph", [far], [there])
+    assert not check.ok
+    assert (check.lost, check.rank) == (1, QUERIES)
+    best, there = swapped(run(), 0, CUT / 2)
+    check = gate_a("graph", [best], [there])
+    assert not check.ok
+    assert check.rank == 1
+
+
+def b(expected, got, *, random=False, limits=LIMITS, groups=("photos",)):
+    return gate_b("fp16", [expected], [got], groups, limits, 0.85, random=random)
+
+
+def test_gate_b_judges_decisions():
+    image = run()
+    assert b(image, image).ok
+    assert "20 of 20 detections above 0.5 matched" in told_of(b(image, image))
+    boxes, scores, labels = (image.outputs[name] for name in ("boxes", "scores", "labels"))
+    for spoilt, message in (
+        (outputs(image, boxes=boxes + SHIFT), "matched detections"),
+        (outputs(image, labels=(labels + 1) % CLASSES), "matched detections"),
+        (outputs(image, scores=scores - 0.06), "scores of matched detections differ by 0.06"),
+        (outputs(image, scores=np.where(np.arange(QUERIES) == 3, np.nan, scores)), "NaN or infinity"),
+    ):
+        check = b(image, spoilt)
+        assert not check.ok
+        assert any(message in failure for failure in check.failures)
+    expected, got = swapped(image, 0, 0.01)
+    assert "away from the cut" in b(expected, got).failures[0]
+    half = np.setdiff1d(np.arange(POSITIONS), image.seen.index)[:QUERIES]
+    check = b(image, seen(image, index=half, rows=half))
+    assert "the selection shared is 0" in check.failures[0]
+
+
+def test_random_weights_are_judged_by_what_holds_for_any_and_it_is_said():
+    image = run()
+    check = b(image, outputs(image, boxes=image.outputs["boxes"] + SHIFT), random=True)
+    assert check.ok
+    assert check.random
+    assert check.matched < 1
+    assert "NOT proven (weights: random)" in told_of(check)
+    assert not b(image, outputs(image, scores=image.outputs["scores"] * np.inf), random=True).ok
+    half = np.setdiff1d(np.arange(POSITIONS), image.seen.index)[:QUERIES]
+    assert not b(image, seen(image, index=half, rows=half), random=True).ok
+
+
+def test_inputs_without_a_confident_detection_are_named():
+    image = run()
+    quiet = outputs(image, scores=image.outputs["scores"] * 0.1)
+    check = b(quiet, quiet)
+    assert check.ok
+    assert "nothing was matched" in check.notes[0]
+    assert "--images" in check.notes[0]
+
+
+def test_overlap_is_judged_where_positions_are_not_tied():
+    image = run()
+    half = np.setdiff1d(np.arange(POSITIONS), image.seen.index)[:QUERIES]
+    other = seen(image, index=half, rows=half)
+    limits = Tolerance(overlap=0.9)
+    assert b(image, other, groups=("extremes",), limits=limits).ok
+    assert not b(image, other, groups=("natural",), limits=limits).ok
+
+
+def test_a_stage_of_which_only_outputs_are_seen_is_judged_by_them():
+    image = run()
+    bare = dataclasses.replace(image, seen=None)
+    check = b(image, bare)
+    assert check.ok
+    assert (check.overlap, check.median, check.matched) == (None, None, 1.0)
+    assert not b(image, outputs(bare, labels=(bare.outputs["labels"] + 1) % CLASSES)).ok
+
+
+def test_raw_outputs_are_matched_as_detections():
+    image = run()
+    bare = {"pred_logits": image.seen.logits, "pred_boxes": image.seen.boxes}
+    raw = dataclasses.replace(image, outputs=bare)
+    assert b(raw, raw).matched == 1.0
+    assert not b(raw, dataclasses.replace(raw, outputs={**bare, "pred_boxes": bare["pred_boxes"][::-1]})).ok
+
+
+def test_a_failed_gate_is_the_verdict():
+    image = run()
+    parity = ParityRecord(
+        ok=True, verdict="parity holds", tolerances={}, comparisons=(), inputs={}, notes=(), seconds=0.0
+    )
+    good, bad = gate_a("graph", [image], [image]), gate_a("graph", [image], [seen(image, boxes=image.seen.boxes + 1)])
+    held = with_selection(parity, [good])
+    assert held.ok
+    assert held.verdict.startswith("gate A holds at 'graph'")
+    assert held.verdict.endswith("; parity holds")
+    failed = with_selection(parity, [good, bad])
+    assert not failed.ok
+    assert failed.verdict.startswith("gate A fails at 'graph': boxes differ by 1")
+
+
+def test_distances_are_left_unjudged_for_detectors_only():
+    both = dataclasses.replace(LIMITS, max_relative=0.05)
+    assert _of_outputs(both, "detection").max_relative is None
+    assert _of_outputs(both, "maps").max_relative == 0.05
+    _require_limits(Precision.FP16, {"fp16": LIMITS}, "detection")
+    with pytest.raises(RecipeError, match="one without any limit"):
+        _require_limits(Precision.FP16, {"fp16": LIMITS}, "classification")
+
+
+def test_partners_are_taken_once_and_may_lie_below_the_score():
+    found = {"labels": np.array([1, 1]), "boxes": np.array([[0.0, 0, 10, 10]] * 2), "scores": np.array([0.9, 0.8])}
+    one = {name: value[:1] for name, value in found.items()}
+    assert match_detections(found, one, 0.9).lost == 1
+    assert match_detections(one, found, 0.9).added == 1
+    lower = {**found, "scores": np.array([0.9, 0.49])}
+    matches = match_detections(found, lower, 0.9)
+    assert (matches.lost, matches.added, matches.share) == (0, 0, 1.0)
+    assert matches.score == pytest.approx(0.31)
