@@ -45,14 +45,14 @@ ARITHMETIC = {
     Precision.FP32: Tolerance(max_relative=1e-4, cosine=0.999999),
     Precision.FP16: Tolerance(max_relative=1e-2, cosine=0.9999),
     Precision.BF16: Tolerance(max_relative=8e-2, cosine=0.998),
+    Precision.INT8: Tolerance(cosine=0.98),
+    Precision.FP8: Tolerance(cosine=0.95),
 }
 # What rounding alone moves scores of size 1 by, as between batches (``deploy.parity.batch``).
 MARGIN = {precision: ROUNDING[precision.value] for precision in ARITHMETIC}
 IMPOSED = "decisions imposed"
 
 Names = Mapping[str, tuple[str, ...]]  # module -> the values that leave it; "" where an output is in no graph
-    Precision.INT8: Tolerance(cosine=0.98),
-    Precision.FP8: Tolerance(cosine=0.95),
 Open = Callable[[Path], Runner]
 
 
