@@ -31,7 +31,12 @@ from deploy.errors import BackendUnavailableError, EngineBuildError, SizeError
 from deploy.records import Batch, EngineRecord, Precision, Target, TensorSpec
 
 DEVICE = "CPU"
-HINTS = {Precision.FP32: "f32", Precision.FP16: "f16", Precision.BF16: "bf16"}
+HINTS = {
+    Precision.FP32: "f32",
+    Precision.FP16: "f16",
+    Precision.BF16: "bf16",
+    Precision.INT8: "f32",  # of what is not between Q and DQ
+}
 # One of these flags, or OpenVINO computes the type in FP32, or emulates it (BF16 on AVX-512 without its BF16 part).
 NEEDS = {
     Precision.BF16: ("amx_bf16", "avx512_bf16", "bf16"),
@@ -111,7 +116,7 @@ class OpenVinoBackend:
                 hint="--device cpu",
             )
         if reason := cannot_compute(options.precision):
-            raise BackendUnavailableError(reason, hint=_WAYS_OUT[options.precision])
+            raise BackendUnavailableError(reason, hint=_WAYS_OUT.get(options.precision, "--int8 or --fp32 here"))
 
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
         """Compile ``model``, run it once and audit its kernels.
@@ -179,6 +184,8 @@ def cannot_compute(precision: Precision) -> str:
     Raises:
         BackendUnavailableError: there is no OpenVINO to ask.
     """
+    if precision not in HINTS:
+        return f"{precision.value.upper()} would not really run: OpenVINO has no such kernels for the CPU"
     if precision not in NEEDS:
         return ""
     label, flags = precision.value.upper(), cpu_flags()

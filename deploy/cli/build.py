@@ -20,7 +20,8 @@ def build(
     backend: Annotated[
         str | None,
         typer.Option(
-            help="tensorrt, tensorrt_rtx or onnxruntime; default: the bundle's if it builds engines, else tensorrt.",
+            help="tensorrt, tensorrt_rtx, openvino or onnxruntime; "
+            "default: the bundle's if it builds engines, else tensorrt.",
             autocompletion=completing.backends,
         ),
     ] = None,
