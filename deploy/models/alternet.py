@@ -451,6 +451,8 @@ SYSTEM = System(
         ),
     },
     recipe={"system": "alternet", "variant": "50", "size": 224},
+    # Cosine of the logits (tiny, random weights, 8 images): 0.99991 with the head in INT8, 0.99993 without.
+    keep_high=lambda options: {r"^classifier\.": "head: hardly any work, 20 % of the error"},
     interface=interface,
     keep_fp32=keep_fp32,
 )

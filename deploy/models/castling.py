@@ -192,6 +192,12 @@ SYSTEM = System(
     to_deploy=to_deploy,
     forms={Target.ONNXRUNTIME: _FORM, Target.TENSORRT: _FORM},
     recipe={"system": "castling", "variant": "deit_small", "size": 224},
+    # Cosine of the logits (tiny, random weights, 8 images): 0.99948 with all of it in INT8, 0.99971 without the
+    # convolution over tokens, 0.99950 without the head. The denominators are reductions, which are never quantised.
+    keep_high=lambda options: {
+        r"\.attn\.dconv/": "convolution over tokens: hardly any work, 44 % of the error",
+        r"^head": "head: hardly any work, and the logits are its rounding",
+    },
     stride="patch",
     adapt=vit.adapt,
     approximate=approximate,

@@ -185,5 +185,7 @@ SYSTEM = System(
         ),
     },
     recipe={"system": "convmixer", "variant": "1024_20", "size": 224},
+    # Cosine of the logits (tiny, random weights, 8 images): 0.99991 with the head in INT8, 0.99995 without.
+    keep_high=lambda options: {r"^head/": "head: hardly any work, 46 % of the error"},
     stride="patch",
 )

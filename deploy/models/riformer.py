@@ -405,5 +405,7 @@ SYSTEM = System(
         ),
     },
     recipe={"system": "riformer", "variant": "s12", "size": 224},
+    # Cosine of the logits (tiny, random weights, 8 images): 0.99955 with the head in INT8, 0.99974 without.
+    keep_high=lambda options: {r"^head/": "head: hardly any work, 42 % of the error"},
     stride=32,
 )

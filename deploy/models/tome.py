@@ -473,6 +473,11 @@ SYSTEM = System(
         ),
     },
     recipe={"system": "tome", "variant": "deit_small_patch16_224", "size": 224},
+    # Cosine of the logits (tiny, random weights, 8 images): 0.99953 with the head in INT8, 0.99968 without.
+    keep_high=lambda options: {
+        r"^head": "head: hardly any work, 32 % of the error",
+        r"^merges\.": "merging: rounded similarities and counts merge other tokens",
+    },
     stride="patch",
     adapt=vit.adapt,
     extra_outputs=extra_outputs,

@@ -54,6 +54,7 @@ Float = NDArray[np.float64]
 MEDIAN, LARGEST, BOX, CUT = 5e-5, 1e-3, 2e-5, 1e-4  # logits, logits, boxes in 0..1, scores at the cut
 # Gate B for random weights: right graphs of a model share more than this, graphs with something else in them a few %.
 RANDOM_OVERLAP = 0.9
+RANDOM_OVERLAP_8_BITS = 0.2  # rounded to 256 levels, random weights select other queries: 42 % are shared (tiny, INT8)
 JUDGED_GROUPS = ("noise", "natural", "photos")  # on plain extremes most positions are tied, and overlap says nothing
 
 
@@ -99,7 +100,8 @@ def check_selection(
             check = gate_a(file.stage, mine, theirs)
         else:
             limits = tolerances[file.precision.value]
-            check = gate_b(file.stage, mine, theirs, groups, limits, overlap, random=random)
+            least = RANDOM_OVERLAP_8_BITS if file.precision.quantised else RANDOM_OVERLAP
+            check = gate_b(file.stage, mine, theirs, groups, limits, overlap, random=random, random_overlap=least)
         if isinstance(file, SelectingFile) and file.typed:
             check = _failing(check, islands(file.typed(), names))
         checks.append(dataclasses.replace(check, seconds=time.perf_counter() - start))

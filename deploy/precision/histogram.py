@@ -128,6 +128,7 @@ def _entropy(measured: Measured, symmetric: bool, percentile: float) -> Range:
     """
     size = max(-measured.low, measured.high)
     whole, _ = np.histogram(np.abs(measured.centres), bins=BINS, range=(0.0, size), weights=measured.counts)
+    whole[0] = min(whole[0], whole[1])  # the zeros of a Relu would outvote all other values
     ends = range(_FEW, BINS + 1, _STEP)
     best = min(ends, key=lambda end: _divergence(whole, end))
     kept = size * best / BINS

@@ -82,10 +82,15 @@ def _mistakes(model: ModelProto, target: Target) -> Iterator[str]:
         if node.op_type in (Q, DQ):
             yield from _scale_mistakes(node, constants)
             yield from _kind_mistakes(node, constants, types, target)
-        elif node.op_type in _READS_SHAPES and node.input[0] in makers and makers[node.input[0]].op_type == DQ:
+        elif node.op_type in _READS_SHAPES and target is Target.TENSORRT and _reads(node, makers, DQ):
             yield f"{node.name} reads the shape of a dequantised tensor, expected the tensor itself"
         elif node.op_type in ("Conv", "Gemm", "MatMul"):
             yield from _axis_mistakes(node, makers, constants)
+
+
+def _reads(node: NodeProto, makers: Mapping[str, NodeProto], op: str) -> bool:
+    maker = makers.get(node.input[0])
+    return maker is not None and maker.op_type == op
 
 
 def _scale_mistakes(node: NodeProto, constants: Mapping[str, TensorProto]) -> Iterator[str]:

@@ -311,6 +311,9 @@ SYSTEM = System(
         ),
     },
     recipe={"system": "rtdetr", "variant": "r18", "size": 640},
+    # On a network trained for synthetic shapes, INT8 without decoder and heads moves boxes by 0.25 pixels in the median
+    # and scores by 0.07 at most; with all of it 0.69 pixels and 0.17.
+    keep_high=lambda options: {r"^decoder\.": "decoder, sampling offsets, boxes and scores: they decide what is found"},
     relayouts=RELAYOUTS,
     stride=32,
     inputs=(_IMAGES, TensorSpec(name="orig_target_sizes", dtype="int64", shape=("batch", 2))),
