@@ -490,8 +490,6 @@ SYSTEM = System(
         r"^(focusing|cortex)\.": "RoIs, offsets and mixing: their rounding moves where the image is looked at",
         r"^proj/": "head: hardly any work, 19 % of the error",
     },
-    extra_outputs=lambda options: (looking.OUTPUT,) if options["looks"] else (),
-    keep_fp32=lambda options: (r"\brois/", r"\blooks/") if options.get("looks") else (r"\brois/",),
-    drawing=looking.DRAWING,
+    keep_fp32=lambda options: (r"\brois/",),
     random=random,
 )
