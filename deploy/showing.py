@@ -103,7 +103,8 @@ def _inputs(photo: Path, recipe: Recipe, loaded: Loaded) -> tuple[Picture, Feeds
     spec = recipe.preprocess.record()
     image = preprocess(photo, recipe.size, spec)
     images = np.repeat(image[None], recipe.batch.min, axis=0)
-    makers = loaded.system.feeds
+    drawn = loaded.system.drawing
+    makers = {**loaded.system.feeds, **(drawn.feeds if drawn else {})}
     feeds = {s.name: makers[s.name](images) if s.name in makers else images for s in loaded.inputs}
     pixels = image.transpose(1, 2, 0) * np.asarray(spec.std) + np.asarray(spec.mean)
     return np.clip(np.rint(255 * pixels), 0, 255).astype(np.uint8), feeds

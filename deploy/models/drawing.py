@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Drawing:
     Attributes:
         what: In words: "merged patches".
         needs: Outputs that it reads.
+        feeds: Makers of inputs that are drawn with, instead of the system's, which parity takes.
         asked_by: The assignment that makes an export give them, e.g. ``options.groups=true``; empty: they are always
             there.
         panels: ``(options, picture, outputs, other) -> panels``: the photo as the network sees it, one image's outputs
@@ -39,3 +40,4 @@ class Drawing:
     needs: tuple[str, ...]
     panels: Callable[[Mapping[str, Any], Picture, Outputs, Outputs], tuple[Panel, ...]]
     asked_by: str = ""
+    feeds: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.generic]]] = field(default_factory=dict)

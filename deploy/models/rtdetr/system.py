@@ -16,6 +16,7 @@ from deploy.models.checkpoint import State
 from deploy.models.rtdetr.backbone import HGNet, ResNet
 from deploy.models.rtdetr.decoder import STRIDES, Decoder, map_sizes
 from deploy.models.rtdetr.deploy import DeployDecoder
+from deploy.models.rtdetr.drawing import DRAWING
 from deploy.models.rtdetr.encoder import HybridEncoder
 from deploy.models.rtdetr.layers import folded
 from deploy.models.rtdetr.sampling import BILINEAR
@@ -321,6 +322,7 @@ SYSTEM = System(
     adapt=adapt,
     keep_fp32=keep_fp32,
     selection=Selection(selector="decoder.selection", decoder="decoder", scores="decoder.enc_score_head"),
+    drawing=DRAWING,
     feeds={"orig_target_sizes": original_sizes},
     interface=interface,
     flags=(
