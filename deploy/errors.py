@@ -21,7 +21,8 @@ EffdeployError (1)
 ├── StorageError (19)               no space, no permission, a folder in the way
 ├── DownloadError (20)              weights that cannot be fetched, or that are not what was pinned
 ├── GateError (21)                  a --fail-if gate of diff fired
-└── TuningError (22)                no schedule does what tune was asked for
+├── TuningError (22)                no schedule does what tune was asked for
+└── LintError (23)                  an ONNX file that the runtime is known to refuse
 ```
 
 Exit code 2 belongs to the command-line parser (usage), 130 to Ctrl-C. A code is never reused: scripts depend on it.
@@ -171,6 +172,13 @@ class TuningError(EffdeployError):
     """No schedule that was measured does what ``tune`` was asked for."""
 
     exit_code = 22
+
+
+class LintError(EffdeployError):
+    """An ONNX file breaks rules of what a runtime takes; ``record`` (``LintRecord``) holds all that was found."""
+
+    exit_code = 23
+    record: object = None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -55,6 +55,11 @@ def backends(incomplete: str) -> list[str]:
     return _starting(("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"), incomplete)
 
 
+def goals(incomplete: str) -> list[str]:
+    """Complete what a file can be linted for."""
+    return _starting(("tensorrt==11.4", "tensorrt==10.16", "tensorrt_rtx", "onnxruntime"), incomplete)
+
+
 def baselines(incomplete: str) -> list[str]:
     """Complete the last of baselines with commas between them."""
     done, comma, last = incomplete.rpartition(",")
