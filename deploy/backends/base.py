@@ -19,6 +19,9 @@ Feeds = Mapping[str, Array]
 Progress = Callable[[str, int, int], None]  # phase of a build, steps done, steps in all; done == all: the phase ended
 
 
+FP8_SM = 89  # the first compute capability with FP8 tensor cores
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
     """What a build is asked for.

@@ -26,7 +26,7 @@ import numpy as np
 
 from deploy.artifacts import artifact_of, open_artifact, storage_errors
 from deploy.backends.audit import audit_engine, audited, graph_types
-from deploy.backends.base import Array, BuildOptions, DeviceTimer, Feeds
+from deploy.backends.base import FP8_SM, Array, BuildOptions, DeviceTimer, Feeds
 from deploy.backends.feeds import check_feeds
 from deploy.backends.gpu import Gpu, first_gpu
 from deploy.backends.gpu_state import read_state
@@ -35,7 +35,7 @@ from deploy.backends.timing_cache import TimingCache, cache_file
 from deploy.backends.trt_config import add_profiles, choose_profile, configure, described, monitor, ranges_of
 from deploy.backends.trt_layers import inspector_data, io_from_inspector, kernels_from_inspector
 from deploy.errors import BackendUnavailableError, BenchmarkError, EffdeployError, EngineBuildError
-from deploy.records import Batch, EngineRecord, Target, TensorSpec
+from deploy.records import Batch, EngineRecord, Precision, Target, TensorSpec
 
 OLDEST = (10, 12)
 _INSTALL = "pip install 'effdeploy[tensorrt]'"
@@ -77,6 +77,10 @@ class TensorRtBackend:
             raise BackendUnavailableError(
                 f"TensorRT builds for the GPU at hand (SM {gpu.sm}), not for SM {foreign}",
                 hint="leave --sm out, or use --backend tensorrt_rtx to build ahead of time",
+            )
+        if gpu and gpu.sm < FP8_SM and options.precision is Precision.FP8:
+            raise BackendUnavailableError(
+                f"FP8 runs on SM {FP8_SM} and newer, and this GPU is SM {gpu.sm}", hint="--int8 or --fp16"
             )
 
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:

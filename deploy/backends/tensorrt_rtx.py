@@ -18,13 +18,13 @@ from typing import Any
 
 from deploy.artifacts import artifact_of, storage_errors
 from deploy.backends.audit import audit_engine, audited, graph_types
-from deploy.backends.base import BuildOptions, Runner
+from deploy.backends.base import FP8_SM, BuildOptions, Runner
 from deploy.backends.gpu import first_gpu
 from deploy.backends.native import collector_paused, signals_deferred
 from deploy.backends.trt_config import add_profiles, configure, described, monitor
 from deploy.backends.trt_layers import io_from_log, kernels_from_log
 from deploy.errors import BackendUnavailableError, EngineBuildError
-from deploy.records import EngineRecord, Target
+from deploy.records import EngineRecord, Precision, Target
 
 SUPPORTED_SM = (75, 80, 86, 89, 120)
 DEFAULT_SM = (80, 89, 120)
@@ -77,6 +77,12 @@ class TensorRtRtxBackend:
                 f"TensorRT-RTX cannot build for SM {refused}: ahead-of-time builds exist for {list(SUPPORTED_SM)}",
                 hint="--sm 80,89,120; for data-center GPUs such as SM 90 or 100: --backend tensorrt on that machine",
             )
+        if options.precision is Precision.FP8 and (old := [sm for sm in options.sm if sm < FP8_SM]):
+            raise BackendUnavailableError(
+                f"FP8 runs on SM {FP8_SM} and newer, and SM {', '.join(map(str, old))} has no FP8 tensor cores; "
+                "TensorRT-RTX refuses such a build",
+                hint="--sm 89,120, or --int8 for older GPUs",
+            )
         asked = {
             "version compatibility": options.version_compatible,  # looks for libnvinfer_lean, which no wheel has
             "hardware compatibility": options.hardware != "none",  # "unsupported in TensorRT-RTX", and ignored
@@ -99,7 +105,7 @@ class TensorRtRtxBackend:
         if reason := self.available():
             raise BackendUnavailableError(reason, hint=_INSTALL)
         self.check(options)
-        return tuple(self._build_one(model, folder, options, sm) for sm in options.sm or DEFAULT_SM)
+        return tuple(self._build_one(model, folder, options, sm) for sm in options.sm or _default_sm(options))
 
     def _build_one(self, model: Path, folder: Path, options: BuildOptions, sm: int) -> EngineRecord:
         trt = _runtime()
@@ -134,6 +140,10 @@ class TensorRtRtxBackend:
             f"{engine.artifact.name} was built ahead of time for {engine.device.upper()} and is not run by effdeploy",
             hint="run it with NVIDIA's TensorRT-RTX runtime; to measure here: --backend onnxruntime or tensorrt",
         )
+
+
+def _default_sm(options: BuildOptions) -> tuple[int, ...]:
+    return tuple(sm for sm in DEFAULT_SM if sm >= FP8_SM or options.precision is not Precision.FP8)
 
 
 def _not_run(sm: int) -> str:
