@@ -125,8 +125,8 @@ def parity_rows(run: RunRecord) -> list[tuple[str, ...]]:
 
 
 SELECTION_COLUMNS = (
-    "stage", "gate", "logits, median", "logits, largest", "boxes", "row by row", "rows moved", "shared", "lost, margin",
-    "matched", "verdict",
+    "stage", "gate", "logits, median", "logits, largest", "boxes", "row by row", "rows moved", "shared",
+    "lost, margin, best", "matched", "verdict",
 )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def selection_rows(run: RunRecord) -> list[tuple[str, ...]]:
             *(units.number(value) if value is not None else "-" for value in (c.median, c.largest, c.boxes)),
             "-" if c.elementwise is None else units.number(c.elementwise) + (" (not a criterion)" if c.moved else ""),
             *("-" if share is None else units.percent(share) for share in (c.moved, c.overlap)),
-            "-" if c.lost is None else f"{c.lost}, {units.number(c.margin)}",
+            "-" if c.lost is None else f"{c.lost}, {units.number(c.margin)}" + (f", rank {c.rank}" if c.rank else ""),
             "-" if c.matched is None else units.percent(c.matched),
             _selection_verdict(c),
         )
