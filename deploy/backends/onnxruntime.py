@@ -97,6 +97,8 @@ class OnnxRuntimeBackend:
         Raises:
             BackendUnavailableError: several profiles, compatibility levels, refitting or stripping were asked for.
         """
+        if options.precision is Precision.FP8:
+            _refuse_untakeable(options, "cpu")
         asked = {
             "compute capabilities": bool(options.sm),
             "optimisation profiles": len(options.profiles) > 1,

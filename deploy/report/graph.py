@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from deploy import summary, units
 from deploy.records import PassesRecord, RunRecord
-from deploy.report import charts, words
+from deploy.report import charts, quantization, words
 from deploy.report.blocks import WARN, Block, Cell, Chart, Details, Facts, Listing, Section, Table, Text, cells
 
 
@@ -98,6 +98,8 @@ def precision(run: RunRecord) -> Section:
         rows = tuple(cells(k.reason, units.count(k.nodes), Cell(text=", ".join(k.examples), code=True)) for k in p.kept)
         columns = ("reason", "nodes", "for example")
         blocks.append(Table(title="Kept in float32", columns=columns, rows=rows, numeric=frozenset({"nodes"})))
+    if p.quantization:
+        blocks += quantization.blocks(p.quantization, p.precision)
     return Section(slug="precision", title="Precision", blocks=tuple(blocks))
 
 

@@ -21,11 +21,6 @@ INPUTS = (TensorSpec(name="images", dtype="float32", shape=("batch", 3, 8, 8)),)
 PLAIN = Preprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), crop=1.0)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EFFDEPLOY_CACHE", str(tmp_path / "cache"))
-
-
 def model() -> onnx.ModelProto:
     return parse_example("""
         net (float[N,3,8,8] images) => (float[N,2,8,8] y)
@@ -101,10 +96,10 @@ def test_the_same_graph_and_images_are_measured_once_and_a_new_image_again(tmp_p
     assert not measure(model(), ("c",), images_of(folder), digest="d", advance=lambda n: None)[1]
 
 
-def test_a_damaged_cache_is_measured_again(tmp_path: Path) -> None:
+def test_a_damaged_cache_is_measured_again(tmp_path: Path, cache: Path) -> None:
     folder = folder_of(tmp_path, 2)
     run(images_of(folder), ("c",))
-    (kept,) = (tmp_path / "cache" / calibrate.FOLDER).glob("*.npz")
+    (kept,) = (cache / calibrate.FOLDER).glob("*.npz")
     kept.write_bytes(kept.read_bytes()[:100])
     assert measure(model(), ("c",), images_of(folder), digest="d", advance=lambda n: None)[1] is False
 

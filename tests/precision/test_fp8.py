@@ -23,11 +23,6 @@ RTX = Target.TENSORRT
 INPUTS = (TensorSpec(name="images", dtype="float32", shape=("batch", 3, 8, 8)),)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EFFDEPLOY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def written(folder: Path, precision: Precision, model: onnx.ModelProto | None = None) -> PrecisionRecord:
     save_model(model or network(), folder / "20-patched.onnx")
     request = QuantizationRequest(images=images())

@@ -28,11 +28,6 @@ ORT, RTX = Target.ONNXRUNTIME, Target.TENSORRT
 INTEGER = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EFFDEPLOY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def kernels(model: onnx.ModelProto, tmp_path: Path) -> Counter[str]:
     """Operators that ONNX Runtime really runs: those of its optimised graph."""
     options = ort.SessionOptions()
