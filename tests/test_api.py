@@ -40,7 +40,15 @@ COMMANDS = {
     "doctor": "diagnose", "eval": "evaluate", "package": "package", "run": "predict", "show": "show", "tune": "tune",
 }  # fmt: skip
 TERMINAL = {"as_json", "quiet", "log"}  # the console says it
-RENAMED = {"fp32": "precision", "fp16": "precision", "bf16": "precision", "no_reuse": "reuse", "pretrained": "weights"}
+RENAMED = {
+    "fp32": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "int8": "precision",
+    "fp8": "precision",
+    "no_reuse": "reuse",
+    "pretrained": "weights",
+}
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python_api.md").read_text(), re.DOTALL | re.MULTILINE)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from support import effdeploy
 
 from deploy.artifacts import artifact_of, read_manifest, write_manifest
-from deploy.graph.io import write_model
+from deploy.graph.io import save_model
 from deploy.preprocess import preprocess
 from deploy.records import Preprocess, TensorSpec
 
@@ -56,7 +56,7 @@ def detector(bundle, folder, boxes, scores):
         [numpy_helper.from_array(v, n) for n, v in constants.items()],
     )  # fmt: skip
     folder.mkdir()
-    write_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), folder / "d.onnx")
+    save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), folder / "d.onnx")
 
     def specs(values):
         return tuple(
