@@ -13,9 +13,7 @@ from deploy.records import Precision, Target, TensorSpec
 CHANNELS, SIDE = 16, 8
 
 
-def network(
-    *, opset: int = 21, residual: bool = True, shape: bool = False, batch: int | str = "N"
-) -> onnx.ModelProto:
+def network(*, opset: int = 21, residual: bool = True, shape: bool = False, batch: int | str = "N") -> onnx.ModelProto:
     """A stem, two convolutions with a residual around the second, a token linear layer with a bias, and a head."""
     rng = np.random.default_rng(0)
     weights = {

@@ -18,7 +18,7 @@ from deploy.graph import pipeline
 from deploy.graph.base import parse_example
 from deploy.graph.io import graph_of, save_model
 from deploy.graph.passes import LIFT_BIAS
-from deploy.precision import quantize as module
+from deploy.precision import write_qdq
 from deploy.precision.cpu import dot_product, saturates
 from deploy.precision.qdq import lint, quantised_products
 from deploy.precision.quantize import QuantizationRequest, quantize
@@ -69,7 +69,7 @@ def test_every_product_but_the_first_and_the_heads_runs_in_integers(tmp_path: Pa
 
 
 def test_without_the_lifted_bias_a_linear_layer_runs_in_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AFTER_QUANTIZATION", {ORT: (), RTX: ()})
+    monkeypatch.setattr(write_qdq, "AFTER_QUANTIZATION", {ORT: (), RTX: ()})
     assert pipeline.AFTER_QUANTIZATION[ORT]
     ran = kernels(quantised(network(batch=4), ORT, bits=7).model, tmp_path)
     assert ran["MatMulIntegerToFloat"] == 0
