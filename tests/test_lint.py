@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -14,16 +15,21 @@ from packaging.specifiers import SpecifierSet
 from support import effdeploy
 
 import deploy
+from deploy.artifacts import read_manifest
+from deploy.console import Console, Mode
 from deploy.errors import BundleError, EffdeployError, LintError, RecipeError, UnknownNameError
 from deploy.known_bad import known_bad
 from deploy.linting import table as tables
+from deploy.linting.build import check_before_build
 from deploy.linting.checks import CHECKS
-from deploy.linting.run import lint_file, lint_for_build
+from deploy.linting.run import lint_file
 from deploy.linting.table import Goal, goal_of_backend, parse_goals, read_table, table
 from deploy.linting.view import View
 from deploy.records import LintRecord, from_json, to_json
+from deploy.report.lint import lint_blocks
 
 ALL = parse_goals(())
+SILENT = Console(Mode.SILENT)
 
 
 def rules_of(record: LintRecord) -> set[str]:
@@ -199,11 +205,53 @@ def test_a_build_stops_at_errors_and_goes_on_in_a_version_that_nobody_checked(tm
     path = CASES["topk3841"].write(tmp_path)
     monkeypatch.setattr(tables, "_installed", lambda backend: "11.4.0.106")
     with pytest.raises(LintError, match=r"TopK.*K is 3841"):
-        lint_for_build(path, "tensorrt")
+        check_before_build(path, "tensorrt", "auto", SILENT)
     monkeypatch.setattr(tables, "_installed", lambda backend: "13.0")
     assert goal_of_backend("tensorrt") == (Goal(runtime="tensorrt", version="11.4"), False)
-    assert rules_of(lint_for_build(path, "tensorrt")) == {"topk-k", "io-int64"}
-    assert lint_for_build(path, "no-such-backend") is None
+    assert rules_of(check_before_build(path, "tensorrt", "auto", SILENT)) == {"topk-k", "io-int64"}
+    assert check_before_build(path, "no-such-backend", "auto", SILENT) is None
+
+
+def test_rules_about_cpu_kernels_are_for_the_cpu(tmp_path):
+    path = CASES["bf16-add"].write(tmp_path)
+    assert rules_of(check_before_build(path, "onnxruntime", "cuda", SILENT)) == set()
+    with pytest.raises(LintError, match="bfloat16"):
+        check_before_build(path, "onnxruntime", "cpu", SILENT)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt_rtx"])
+def test_build_stops_before_the_builder(backend, tmp_path):
+    if backend == "tensorrt_rtx":
+        pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    path = CASES["add-mixed"].write(tmp_path)
+    result = effdeploy("build", path, "--backend", backend, "--batch", 4)
+    assert result.exit_code == 23, result.stderr
+    assert "types-disagree" in result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
+
+
+def test_what_a_build_found_is_in_its_record_and_its_warnings(tmp_path):
+    path = CASES["unused-in"].write(tmp_path)
+    result = effdeploy("build", path, "--backend", "onnxruntime", "--batch", 4, "--json")
+    assert result.exit_code == 0, result.stderr
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    (record,) = [e["record"]["engine"]["lint"] for e in events if e["event"] == "result"]
+    assert [finding["rule"] for finding in record["findings"]] == ["unread-input"]
+    assert any("unread-input" in e["message"] for e in events if e["event"] == "warning")
+
+
+def test_an_export_is_linted_and_the_report_shows_it(tmp_path):
+    result = effdeploy("export", "riformer", "--variant", "tiny", "--seconds", "0.1", "--out", tmp_path / "b")
+    assert result.exit_code == 0, result.stderr
+    (engine,) = read_manifest(tmp_path / "b").engines
+    assert engine.lint.goals == (str(goal_of_backend("onnxruntime")[0]),)
+    assert engine.lint.findings == ()
+    assert f"Lint for {engine.lint.goals[0]}: clean" in (tmp_path / "b" / "report.md").read_text()
+    finding = lint_file(CASES["resize-cubic"].write(tmp_path), parse_goals(["tensorrt==11.4"]))
+    (block,) = lint_blocks([dataclasses.replace(engine, lint=finding)] * 2)
+    assert "Lint for tensorrt==11.4: 1 findings" in str(block)
+    assert "resize-cubic" in str(block)
+    assert lint_blocks([dataclasses.replace(engine, lint=None)]) == ()
 
 
 WRONG_RULES = {

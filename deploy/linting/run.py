@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 from deploy.errors import EffdeployError, LintError
 from deploy.linting.checks import CHECKS, Hit
-from deploy.linting.table import ERROR, Goal, Rule, goal_of_backend, table
+from deploy.linting.table import ERROR, Goal, Rule, table
 from deploy.linting.view import View
 from deploy.records import Finding, LintRecord
 
@@ -19,12 +19,13 @@ _NAMED = 8  # nodes that a finding names
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, OSError, RuntimeError)
 
 
-def lint_file(path: Path, goals: Sequence[Goal]) -> LintRecord:
+def lint_file(path: Path, goals: Sequence[Goal], *, cpu: bool = True) -> LintRecord:
     """Hold a file against every rule that is about one of the goals.
 
     Args:
         path: An ONNX file; data beside it is read only where a rule needs its values.
         goals: Runtimes and versions.
+        cpu: Whether rules about CPU kernels count.
 
     Raises:
         StorageError: the file cannot be read.
@@ -36,7 +37,7 @@ def lint_file(path: Path, goals: Sequence[Goal]) -> LintRecord:
     applied = 0
     for rule in table().rules:
         severities = {str(goal): severity for goal in goals if (severity := rule.severity(goal))}
-        if not severities:
+        if not severities or (rule.device == "cpu" and not cpu):
             continue
         applied += 1
         if rule.opsets and not SpecifierSet(rule.opsets).contains(str(view.opsets.get("", 0))):
@@ -54,26 +55,6 @@ def lint_file(path: Path, goals: Sequence[Goal]) -> LintRecord:
         model=path.name, opset=view.opsets.get("", 0), nodes=len(view.sites), goals=tuple(map(str, goals)),
         rules=applied, findings=tuple(findings), notes=(*notes, *_unread(view)),
     )  # fmt: skip
-
-
-def lint_for_build(path: Path, backend: str) -> LintRecord | None:
-    """Hold a file against the rules of the backend that is about to build it.
-
-    In a version beyond the table, errors count as warnings: nobody knows whether they still hold.
-
-    Returns:
-        What was found; ``None`` for a backend that the table knows nothing of.
-
-    Raises:
-        LintError: the backend is known to refuse the file.
-    """
-    goal, covered = goal_of_backend(backend)
-    if goal is None:
-        return None
-    record = lint_file(path, (goal,))
-    if covered and record.count(ERROR):
-        raise lint_error(record)
-    return record
 
 
 def lint_error(record: LintRecord, *, strict: bool = False) -> LintError:

@@ -43,6 +43,7 @@ class Rule:
         what: What is wrong; ``{found}`` stands for what was found.
         fix: What to do.
         source: Where it is written.
+        device: "cpu" where a rule is about a runtime's CPU kernels only.
         known_bad: Entry of ``deploy/data/known_bad.yaml`` that gives versions, words and source.
     """
 
@@ -56,6 +57,7 @@ class Rule:
     what: str = ""
     fix: str = ""
     source: str = ""
+    device: str = ""
     known_bad: str = ""
 
     def severity(self, goal: Goal) -> str:
