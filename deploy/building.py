@@ -40,6 +40,7 @@ from deploy.candidates import build_options, engine_options
 from deploy.console import Console
 from deploy.errors import BackendUnavailableError, BundleError, PrecisionError, SizeError, StorageError
 from deploy.known_bad import warn_of_traps
+from deploy.linting.build import check_before_build, with_lint
 from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
 from deploy.records import (
     SCHEMA_VERSION,
@@ -322,7 +323,8 @@ def _engines(
     backend: Backend, model: Path, folder: Path, options: BuildOptions, console: Console
 ) -> tuple[EngineRecord, ...]:
     with console.step("engine") as step, console.phases() as progress:
-        engines = backend.build(model, folder, dataclasses.replace(options, progress=progress))
+        lint = check_before_build(model, backend.name, options.device, console)
+        engines = with_lint(backend.build(model, folder, dataclasses.replace(options, progress=progress)), lint)
         step.note(", ".join(f"{e.artifact.name} for {e.device}" for e in engines))
     return engines
 

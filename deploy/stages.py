@@ -27,6 +27,7 @@ from deploy.console import Console
 from deploy.errors import CheckpointError
 from deploy.graph.pipeline import run_passes
 from deploy.known_bad import warn_of_traps
+from deploy.linting.build import check_before_build, with_lint
 from deploy.models import find_system
 from deploy.models.base import Loaded, System, load_model, measure_drift, resolve_options, specialised
 from deploy.parity.batch import check_batches, with_batches
@@ -154,12 +155,14 @@ class Work:
         )
 
     def build(self, typed: PrecisionRecord) -> tuple[EngineRecord, ...]:
-        """Warn of what this version is known for, build the engines, and audit what they compute in."""
+        """Warn of what this version is known for, lint the graph, build the engines, and audit what they compute in."""
         warn_of_traps(
             self.console, self.backend.name, self.folder / typed.artifact.name,
             model=f"{self.recipe.system} {self.recipe.variant}", sm=self.recipe.engine.sm or sm_here(),
         )  # fmt: skip
-        return self.backend.build(self.folder / typed.artifact.name, self.folder, build_options(self.recipe))
+        model = self.folder / typed.artifact.name
+        lint = check_before_build(model, self.backend.name, self.recipe.engine.device, self.console)
+        return with_lint(self.backend.build(model, self.folder, build_options(self.recipe)), lint)
 
     def prove(
         self, traced: TraceRecord, patched: PassesRecord, typed: PrecisionRecord, engines: Sequence[EngineRecord]

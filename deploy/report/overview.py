@@ -6,6 +6,7 @@ from deploy import summary
 from deploy.records import RunRecord
 from deploy.report import words
 from deploy.report.blocks import WARN, Block, Cell, Details, Facts, Section, Table, cells
+from deploy.report.lint import lint_blocks
 
 
 def asked_and_ran(run: RunRecord) -> Section:
@@ -55,4 +56,4 @@ def asked_and_ran(run: RunRecord) -> Section:
         for e in run.engines
     )
     folded = Details(summary="Build options", blocks=(Facts(rows=options),))
-    return Section(slug="asked", title="Asked and ran", blocks=(*blocks, table, folded))
+    return Section(slug="asked", title="Asked and ran", blocks=(*blocks, table, folded, *lint_blocks(run.engines)))
