@@ -258,7 +258,7 @@ def build(
         hardware: ``"none"``, ``"ampere_plus"`` or ``"same_compute_capability"``.
         refit: Let the engine's weights be replaced.
         strip: Leave the weights out of the engine.
-        precision: Refuse a graph that is not ``"fp32"``, ``"fp16"`` or ``"bf16"``.
+        precision: Refuse a graph that is not ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"fp8"``.
         device: Of onnxruntime: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         threads: CPU threads of the engine.
         out: New bundle, or folder for the engine; default: beside the source.

@@ -5,6 +5,7 @@ Here PyTorch and the runtimes are imported, so a run that takes everything from 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -132,21 +133,24 @@ class Work:
     def type(self, patched: PassesRecord) -> PrecisionRecord:
         """Write the precision into the graph."""
         kept = self.system.keep_fp32(resolve_options(self.system, self.recipe))
-        return convert_precision(
-            self.folder / patched.artifact.name,
-            self.recipe.precision,
-            self.folder,
-            feeds=None if self.recipe.precision is Precision.FP32 else self.sample(),
-            keep=(*self.recipe.typing.keep_fp32, *kept),
-            target=self.target,
-            quantization=self._quantization() if self.recipe.precision.quantised else None,
-        )
+        with contextlib.ExitStack() as stack:
+            return convert_precision(
+                self.folder / patched.artifact.name,
+                self.recipe.precision,
+                self.folder,
+                feeds=None if self.recipe.precision is Precision.FP32 else self.sample(),
+                keep=(*self.recipe.typing.keep_fp32, *kept),
+                target=self.target,
+                quantization=self._quantization(stack) if self.recipe.precision.quantised else None,
+            )
 
-    def _quantization(self) -> QuantizationRequest:
-        """Return what INT8 and FP8 are asked for; the images are read when ranges are measured."""
-        section = self.recipe.quantization
+    def _quantization(self, stack: contextlib.ExitStack) -> QuantizationRequest:
+        """Return what INT8 and FP8 are asked for; images are read, with a progress bar, when they are measured."""
+        section, images = self.recipe.quantization, calibration_images(self.system, self.recipe)
+        twice = 2 * len(images.names)  # two passes
         return QuantizationRequest(
-            images=calibration_images(self.system, self.recipe),
+            images=images,
+            advance=stack.enter_context(self.console.progress(twice, "calibration images, in two passes")),
             method=section.method,
             percentile=section.percentile,
             weight_bits=section.weight_bits,

@@ -46,6 +46,8 @@ def build(
     fp32: Annotated[bool, typer.Option("--fp32", help="Refuse a graph that is not FP32.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Refuse a graph that is not FP16.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Refuse a graph that is not BF16.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Refuse a graph that is not INT8.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Refuse a graph that is not FP8.")] = False,
     device: Annotated[str | None, typer.Option(help="Of onnxruntime: auto, cpu or cuda.")] = None,
     threads: Threads = None,
     out: Annotated[Path | None, typer.Option(help="New bundle, or folder for the engine; default: beside.")] = None,
@@ -54,7 +56,8 @@ def build(
     log: Log = None,
 ) -> None:
     """Build engines on this machine from a bundle or an ONNX file that was made elsewhere."""
-    asked = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
+    flags = {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
+    asked = [name for name, given in flags.items() if given]
     if len(asked) > 1:
         raise typer.BadParameter(f"got --{' and --'.join(asked)}; choose one")
     with session(as_json, quiet, log, steps=2 if source.is_dir() else 1) as console:
