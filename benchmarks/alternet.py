@@ -4,8 +4,8 @@
 
 CPU: float32, 224 x 224, one thread, interleaved rounds; ratios of CPU time of the form for ONNX Runtime against the
 authors' (einsum) through bare ``torch.onnx.export``, and against the form for TensorRT. TensorRT-RTX: kernels and fused
-attentions in the log of an ahead-of-time build in FP16 for SM89 (needs the extra ``tensorrt-rtx``), of both forms:
-evidence for fusion, none for speed.
+attentions in the logs of ahead-of-time builds in FP32 and FP16 for SM80 and SM89, and of the other form in FP16 for
+SM89 (needs the extra ``tensorrt-rtx``): evidence for fusion, none for speed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,23 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import THREADS, arguments, bare, figures, on_the_road, race, write_results
+from common import (
+    THREADS,
+    arguments,
+    bare,
+    builds,
+    engines,
+    figures,
+    kernels,
+    no_builder,
+    on_the_road,
+    race,
+    write_results,
+)
 
-from deploy.backends import load_backend
-from deploy.backends.base import BuildOptions
 from deploy.models import find_system
 from deploy.models.base import Loaded, example_inputs, load_model, resolve_options
-from deploy.precision.convert import convert_precision
-from deploy.records import Batch, Precision, Target
+from deploy.records import Target
 from deploy.resolve import resolve_recipe
 
 SYSTEM, VARIANTS = "alternet", ("50", "18")
@@ -44,21 +53,16 @@ def cpu(variant: str, batch: int, rounds: int, folder: Path) -> dict[str, object
     return figures(race(graphs, images, rounds), name)
 
 
-def kernels(folder: Path) -> dict[str, object] | str:
-    backend = load_backend("tensorrt_rtx")
-    if reason := backend.available():
-        return f"not built: {reason}"
-    counts: dict[str, object] = {}
-    for form in Target:
-        ours = loaded(VARIANTS[0], form)
-        kept = ours.system.keep_fp32(resolve_options(ours.system, resolve_recipe(SYSTEM)))
-        place = folder / f"rtx-{form.value}"
-        path = on_the_road(ours.deploy, ours.inputs[0], 1, Target.TENSORRT, place)
-        typed = convert_precision(path, Precision.FP16, place, target=Target.TENSORRT, keep=kept)
-        options = BuildOptions(precision=Precision.FP16, batch=Batch(), inputs=ours.inputs, sm=(89,))
-        (engine,) = backend.build(place / typed.artifact.name, place, options)
-        counts[f"form for {form.value}"] = {"kernels": dict(engine.audit.kernels), "fused": dict(engine.audit.fused)}
-        print(f"form for {form.value}: {sum(engine.audit.kernels.values())} kernels, fused: {dict(engine.audit.fused)}")
+def counted(folder: Path) -> dict[str, object] | str:
+    if reason := no_builder():
+        return reason
+    recipe = resolve_recipe(SYSTEM, {"variant": ("", VARIANTS[0])})
+    ours, other = loaded(VARIANTS[0], Target.TENSORRT), loaded(VARIANTS[0], Target.ONNXRUNTIME)
+    counts: dict[str, object] = {"form for tensorrt": builds(ours, recipe, folder / "tokens")}
+    keep = other.system.keep_fp32(resolve_options(other.system, recipe))
+    (engine,) = engines(other.deploy, other.inputs, folder / "channels", keep=keep)
+    counts["form for onnxruntime, fp16, sm89"] = {"kernels": kernels(engine), "fused": dict(engine.audit.fused)}
+    print(f"form for onnxruntime: {kernels(engine)} kernels, fused: {dict(engine.audit.fused)}")
     return counts
 
 
@@ -72,10 +76,10 @@ def main() -> None:
             for variant in VARIANTS
             for batch in (1, 8)
         }
-        counted = kernels(folder)
+        kernel_counts = counted(folder)
     if options.write:
         command = "python benchmarks/alternet.py --write"
-        write_results(SYSTEM, {"command": command, "cpu": measured, "kernels": counted})
+        write_results(SYSTEM, {"command": command, "cpu": measured, "kernels": kernel_counts})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Float32, batch 1, one thread, interleaved rounds; ratios of CPU time. Against (a) DeiT-S, softmax, through bare
 ``torch.onnx.export``; (b) DeiT-S on the same road as ours; (c) the training form of ours with its auxiliary branch
-through bare export. Random weights. TensorRT-RTX: kernels in the log of an ahead-of-time build in FP16 for SM89 (needs
-the extra ``tensorrt-rtx``).
+through bare export. Random weights. TensorRT-RTX: kernels in the logs of ahead-of-time builds in FP32 and FP16 for SM80
+and SM89 (needs the extra ``tensorrt-rtx``): evidence for fusion, none for speed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import arguments, bare, figures, on_the_road, race, write_results
+from common import (
+    arguments,
+    bare,
+    builds,
+    engines,
+    figures,
+    kernels,
+    no_builder,
+    on_the_road,
+    race,
+    write_results,
+)
 
-from deploy.backends import load_backend
-from deploy.backends.base import BuildOptions
 from deploy.models import find_system
 from deploy.models.base import Loaded, example_inputs, load_model
-from deploy.precision.convert import convert_precision
-from deploy.records import Batch, Precision, Target
+from deploy.records import Target
 from deploy.resolve import resolve_recipe
 
 SIZES = (224, 384, 512, 768)
@@ -53,22 +61,15 @@ def cpu(size: int, rounds: int, folder: Path) -> dict[str, object]:
     }
 
 
-def kernels(folder: Path) -> dict[str, int] | str:
-    backend = load_backend("tensorrt_rtx")
-    if reason := backend.available():
-        return f"not built: {reason}"
-    counts = {}
-    for name, loaded in {
-        "castling": castling(224, Target.TENSORRT),
-        "softmax": softmax(224, Target.TENSORRT),
-    }.items():
-        place = folder / f"rtx-{name}"
-        path = on_the_road(loaded.deploy, loaded.inputs[0], 1, Target.TENSORRT, place)
-        typed = convert_precision(path, Precision.FP16, place, target=Target.TENSORRT)
-        options = BuildOptions(precision=Precision.FP16, batch=Batch(), inputs=loaded.inputs, sm=(89,))
-        (engine,) = backend.build(place / typed.artifact.name, place, options)
-        counts[name] = sum(engine.audit.kernels.values())
-        print(f"{name}: {counts[name]} kernels in FP16 on SM89")
+def counted(folder: Path) -> dict[str, object] | str:
+    if reason := no_builder():
+        return reason
+    recipe = resolve_recipe("castling", {"variant": ("", "deit_small")})
+    counts: dict[str, object] = {"castling": builds(castling(224, Target.TENSORRT), recipe, folder / "castling")}
+    plain = softmax(224, Target.TENSORRT)
+    (engine,) = engines(plain.deploy, plain.inputs, folder / "softmax")
+    counts["softmax, fp16, sm89"] = kernels(engine)
+    print(f"softmax: {kernels(engine)} kernels in FP16 on SM89")
     return counts
 
 
@@ -80,10 +81,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         measured = {f"{size} px": cpu(size, options.rounds, folder) for size in options.sizes}
-        counted = kernels(folder)
+        kernel_counts = counted(folder)
     if options.write:
         command = "python benchmarks/castling.py --write"
-        write_results("castling", {"command": command, "cpu": measured, "kernels": counted})
+        write_results("castling", {"command": command, "cpu": measured, "kernels": kernel_counts})
 
 
 if __name__ == "__main__":

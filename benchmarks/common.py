@@ -1,11 +1,11 @@
-"""What the benchmarks share: opening graphs at one thread count, interleaved timing, results with their environment."""
+"""What the benchmarks share: graphs, interleaved timing, kernels of TensorRT-RTX builds, results with environment."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from deploy.artifacts import environment
+from deploy.backends import load_backend
 from deploy.backends.base import BuildOptions, Runner
 from deploy.backends.onnxruntime import open_model
 from deploy.bench import BenchCandidate, BenchOptions, measure
 from deploy.graph.pipeline import run_passes
-from deploy.models.base import Arrays
-from deploy.records import Batch, BenchRecord, Target, TensorSpec, to_json
+from deploy.models.base import Arrays, Loaded, resolve_options
+from deploy.precision.convert import convert_precision
+from deploy.recipe import Recipe
+from deploy.records import Batch, BenchRecord, EngineRecord, Precision, Target, TensorSpec, to_json
 from deploy.trace import TraceRequest, bare_export, choose_opset, onnx_from_torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,6 +75,51 @@ def figures(record: BenchRecord, label: str) -> dict[str, object]:
         "p50_ms": {candidate.name: candidate.p50 for candidate in record.latencies},
         "method": record.method,
     }
+
+
+def no_builder() -> str:
+    """Say why TensorRT-RTX cannot build here; empty where it can."""
+    reason = load_backend("tensorrt_rtx").available()
+    return f"not built: {reason}" if reason else ""
+
+
+def engines(
+    module: nn.Module,
+    inputs: Sequence[TensorSpec],
+    folder: Path,
+    *,
+    precision: Precision = Precision.FP16,
+    keep: Sequence[str] = (),
+    sm: tuple[int, ...] = (89,),
+) -> tuple[EngineRecord, ...]:
+    """Build a module ahead of time with TensorRT-RTX, batch 1, one engine per compute capability."""
+    path = on_the_road(module, inputs[0], 1, Target.TENSORRT, folder)
+    if precision is not Precision.FP32:
+        path = folder / convert_precision(path, precision, folder, target=Target.TENSORRT, keep=keep).artifact.name
+    options = BuildOptions(precision=precision, batch=Batch(), inputs=tuple(inputs), sm=sm)
+    return load_backend("tensorrt_rtx").build(path, folder, options)
+
+
+def kernels(engine: EngineRecord) -> int:
+    """Count the kernels in an engine's build log."""
+    return sum(engine.audit.kernels.values())
+
+
+PRECISIONS, CAPABILITIES = (Precision.FP32, Precision.FP16), (80, 89)
+
+
+def builds(ours: Loaded, recipe: Recipe, folder: Path) -> dict[str, object] | str:
+    """Build a system's deploy form in FP32 and FP16 for Ampere and Ada; return kernels and fused blocks of each."""
+    if reason := no_builder():
+        return reason
+    keep, counts = ours.system.keep_fp32(resolve_options(ours.system, recipe)), dict[str, object]()
+    for precision in PRECISIONS:
+        place = folder / f"rtx-{precision.value}"
+        for engine in engines(ours.deploy, ours.inputs, place, precision=precision, keep=keep, sm=CAPABILITIES):
+            name = f"{precision.value}, {engine.device}"
+            counts[name] = {"kernels": kernels(engine), "fused": to_json(engine.audit.fused), "ok": engine.audit.ok}
+            print(f"{name}: {kernels(engine)} kernels; {engine.audit.statement}")
+    return counts
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -14,16 +14,13 @@ from pathlib import Path
 
 import timm
 import torch
-from common import arguments, bare, figures, on_the_road, race, write_results
+from common import arguments, bare, engines, figures, kernels, no_builder, on_the_road, race, write_results
 from torch import nn
 
-from deploy.backends import load_backend
-from deploy.backends.base import BuildOptions
 from deploy.models import find_system
 from deploy.models.base import example_inputs, load_model
 from deploy.models.weights import random_state
-from deploy.precision.convert import convert_precision
-from deploy.records import Batch, Precision, Target
+from deploy.records import Target
 from deploy.resolve import resolve_recipe
 
 
@@ -45,19 +42,14 @@ def cpu(batch: int, rounds: int, folder: Path) -> dict[str, object]:
     return figures(race(graphs, images, rounds), f"batch {batch}")
 
 
-def kernels(folder: Path) -> dict[str, int] | str:
-    backend = load_backend("tensorrt_rtx")
-    if reason := backend.available():
-        return f"not built: {reason}"
+def counted(folder: Path) -> dict[str, int] | str:
+    if reason := no_builder():
+        return reason
     ours = load_model(find_system("riformer"), resolve_recipe("riformer"), Target.TENSORRT)
     counts = {}
     for name, module in {"riformer deploy": ours.deploy, "poolformer": poolformer()}.items():
-        place = folder / f"rtx-{name}"
-        path = on_the_road(module, ours.inputs[0], 1, Target.TENSORRT, place)
-        typed = convert_precision(path, Precision.FP16, place, target=Target.TENSORRT)
-        options = BuildOptions(precision=Precision.FP16, batch=Batch(), inputs=ours.inputs, sm=(89,))
-        (engine,) = backend.build(place / typed.artifact.name, place, options)
-        counts[name] = sum(engine.audit.kernels.values())
+        (engine,) = engines(module, ours.inputs, folder / f"rtx-{name}")
+        counts[name] = kernels(engine)
         print(f"{name}: {counts[name]} kernels in FP16 on SM89")
     return counts
 
@@ -68,10 +60,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         measured = {f"batch {batch}": cpu(batch, options.rounds, folder) for batch in (1, 8)}
-        counted = kernels(folder)
+        kernel_counts = counted(folder)
     if options.write:
         write_results(
-            "riformer", {"command": "python benchmarks/riformer.py --write", "cpu": measured, "kernels": counted}
+            "riformer", {"command": "python benchmarks/riformer.py --write", "cpu": measured, "kernels": kernel_counts}
         )
 
 
