@@ -25,7 +25,7 @@ if sys.platform != "win32":
     import fcntl
 
 MANIFEST, RECIPE = "manifest.json", "recipe.yaml"
-TRACED, PATCHED = "10-traced.onnx", "20-patched.onnx"
+TRACED, PATCHED, WITH_PLUGINS = "10-traced.onnx", "20-patched.onnx", "40-plugins.onnx"
 
 CACHE_VARIABLE = "EFFDEPLOY_CACHE"
 

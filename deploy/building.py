@@ -322,7 +322,10 @@ def _default_bundle(bundle: Path, run: RunRecord, backend: Backend) -> Path:
 def _engines(
     backend: Backend, model: Path, folder: Path, options: BuildOptions, console: Console
 ) -> tuple[EngineRecord, ...]:
+    from deploy.graph.plugins import for_builder  # loads onnx_graphsurgeon
+
     with console.step("engine") as step, console.phases() as progress:
+        model = for_builder(model, folder, backend.name)
         lint = check_before_build(model, backend.name, options.device, console)
         engines = with_lint(backend.build(model, folder, dataclasses.replace(options, progress=progress)), lint)
         step.note(", ".join(f"{e.artifact.name} for {e.device}" for e in engines))

@@ -59,7 +59,8 @@ def resolve_recipe(
     for name in (variant, *(name for layer in layers for name in layer.variants)):
         if name not in system.variants:
             raise UnknownNameError(f"{system.name} has no variant {name!r}", hint=did_you_mean(name, system.variants))
-    return resolve(layers, partial(_mistakes, system))
+    recipe = resolve(layers, partial(_mistakes, system))
+    return recipe.model_copy(update={"options": {**system.options_for(recipe.precision), **recipe.options}})
 
 
 def _qualified(system: System, assignments: Sequence[str]) -> list[str]:

@@ -27,6 +27,7 @@ from deploy.candidates import (
 from deploy.console import Console
 from deploy.errors import CheckpointError
 from deploy.graph.pipeline import run_passes
+from deploy.graph.plugins import for_builder
 from deploy.known_bad import warn_of_traps
 from deploy.linting.build import check_before_build, with_lint
 from deploy.models import find_system
@@ -164,7 +165,7 @@ class Work:
             self.console, self.backend.name, self.folder / typed.artifact.name,
             model=f"{self.recipe.system} {self.recipe.variant}", sm=self.recipe.engine.sm or sm_here(),
         )  # fmt: skip
-        model = self.folder / typed.artifact.name
+        model = for_builder(self.folder / typed.artifact.name, self.folder, self.backend.name)
         lint = check_before_build(model, self.backend.name, self.recipe.engine.device, self.console)
         return with_lint(self.backend.build(model, self.folder, build_options(self.recipe)), lint)
 

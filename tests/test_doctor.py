@@ -218,7 +218,7 @@ def test_cpu_features_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("backend", "version", "operators", "model", "sm", "found"),
     [
-        ("tensorrt", "11.1.0", {"GridSample"}, "", (), {"gridsample-deformable-attention"}),
+        ("tensorrt", "11.1.0", {"GridSample"}, "", (), {"gridsample-deformable-attention", "gridsample-opset-20"}),
         ("tensorrt", "10.12", {"GridSample"}, "", (), set()),
         ("tensorrt", "11.1.0", {"Conv"}, "", (), set()),  # entries about any graph are for doctor
         ("tensorrt", "10.14", {"Conv"}, "rtdetr r18vd", (110,), {"rtdetr-thor"}),

@@ -1,7 +1,8 @@
 """Operators of TensorRT's plugin library, for engines of full TensorRT: no other runtime has them.
 
 A rewrite here is no ``GraphPass``, because ONNX Runtime cannot run what it makes; it belongs between the finished
-graph, which parity has seen, and the builder.
+graph, which parity has seen, and the builder. A model asks for it by the names of its nodes: samplings made by a module
+called ``plugin`` are replaced by ``for_builder`` and by nothing else.
 
 ```
 ReduceSum(Mul(Concat(GridSample(V_l, G_l) for each level l), W), axis 3)
@@ -18,11 +19,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
+from deploy.artifacts import WITH_PLUGINS
+from deploy.errors import EngineBuildError, RecipeError
 from deploy.graph.base import PassResult
+from deploy.graph.io import graph_of, load_model, model_bytes, model_of, write_model
 from deploy.graph.matching import (
     Array,
     DeclinedError,
@@ -40,6 +46,40 @@ from deploy.graph.matching import (
 )
 
 DEFORMABLE_ATTENTION = "MultiscaleDeformableAttnPlugin_TRT"
+MARK = ".plugin/GridSample"
+VERSION = "2"  # of the plugin; from TensorRT 10.11 on, and the backend wants 10.12
+
+
+def for_builder(model: Path, folder: Path, backend: str) -> Path:
+    """Return the file that a backend builds: the finished graph, or beside it a copy with the plugins it asks for.
+
+    Args:
+        model: The typed ONNX file.
+        folder: Where ``40-plugins.onnx`` is written if the graph asks for plugins.
+        backend: Name of the backend that will build.
+
+    Raises:
+        RecipeError: the graph asks for plugins that the backend does not have.
+        EngineBuildError: a sampling that the plugin cannot replace; the message says why.
+    """
+    marked = sum(MARK in node.name for node in onnx.load(model, load_external_data=False).graph.node)
+    if not marked:
+        return model
+    if backend != "tensorrt":
+        raise RecipeError(
+            f"options.sampling: plugin is an operator of TensorRT's plugin library, which {backend} does not have",
+            hint="--set options.sampling=gather, or build with --backend tensorrt",
+        )
+    graph = graph_of(load_model(model))
+    result = use_deformable_attention(graph, version=VERSION)
+    if left := sum(MARK in node.name for node in graph.nodes):
+        raise EngineBuildError(
+            f"{left} of {marked} samplings cannot be the plugin: {'; '.join(result.declined) or 'unknown pattern'}",
+            hint="--set options.sampling=gather",
+        )
+    path = folder / WITH_PLUGINS
+    write_model(model_bytes(model_of(graph)), path)
+    return path
 
 
 def use_deformable_attention(graph: gs.Graph, *, version: str = "1") -> PassResult:

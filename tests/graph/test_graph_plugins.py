@@ -5,12 +5,21 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from deploy.errors import EngineBuildError, RecipeError
 from deploy.graph.base import parse_example
 from deploy.graph.io import graph_of, model_of
-from deploy.graph.plugins import use_deformable_attention
+from deploy.graph.pipeline import run_passes
+from deploy.graph.plugins import for_builder, use_deformable_attention
+from deploy.models.base import load_model
+from deploy.models.rtdetr import SYSTEM
+from deploy.precision.convert import convert_precision
+from deploy.records import Batch, Precision, Target, TensorSpec
+from deploy.resolve import resolve_recipe
+from deploy.trace import TraceRequest, onnx_from_torch
 
 SIZES, HEADS, WIDTH, QUERIES, POINTS = [(4, 6), (2, 3)], 2, 3, 5, 2
 
@@ -93,3 +102,77 @@ def test_what_the_plugin_cannot_do_is_left_alone_with_the_reason(change, reason)
     assert result.sites == 0
     assert reason in result.declined[0]
     assert model_of(graph).SerializeToString() == model_of(graph_of(model)).SerializeToString()
+
+
+class Sampler(torch.nn.Module):
+    """The cross-attention of a deploy form with its maps as inputs of their own."""
+
+    def __init__(self, cross):
+        super().__init__()
+        self.cross = cross
+
+    def forward(self, query, boxes, low, middle, high):
+        return self.cross(query, boxes, [low, middle, high])
+
+
+def sampler(folder, points, sampling="plugin"):
+    asked = {"variant": ("", "tiny"), "size": ("", "64x96"), "options.points": ("", points)}
+    recipe = resolve_recipe("rtdetr", {**asked, "options.sampling": ("", sampling)})
+    deploy = load_model(SYSTEM, recipe, Target.TENSORRT).deploy
+    shapes = {"query": (12, 32), "boxes": (12, 4), "low": (32, 8, 12), "middle": (32, 4, 6), "high": (32, 2, 3)}
+    specs = tuple(TensorSpec(name=k, dtype="float32", shape=("batch", *v)) for k, v in shapes.items())
+    module = Sampler(deploy.decoder.decoder.layers[0].cross_attn).eval()
+    request = TraceRequest(inputs=specs, outputs=("y",), batch=Batch.parse("1:2:3"), opset=20)
+    traced = onnx_from_torch(module, request, folder)
+    return module, specs, folder / run_passes(folder / traced.artifact.name, Target.TENSORRT, folder).artifact.name
+
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory):
+    return sampler(tmp_path_factory.mktemp("asking"), [2, 2, 2])
+
+
+def test_a_model_that_asks_for_the_plugin_gets_it_in_front_of_the_builder(asking, tmp_path):
+    module, specs, path = asking
+    built = for_builder(path, tmp_path, "tensorrt")
+    model = onnx.load(built)
+    operators = [node.op_type for node in model.graph.node]
+    assert (built.name, operators.count(MultiscaleDeformableAttnPlugin_TRT.__name__)) == ("40-plugins.onnx", 1)
+    assert "GridSample" not in operators
+    for batch in (1, 3):
+        draw = np.random.default_rng(batch)
+        feeds = {s.name: draw.standard_normal((batch, *s.shape[1:])).astype(np.float32) for s in specs}
+        feeds["boxes"] = abs(feeds["boxes"]) / 2
+        with torch.inference_mode():
+            want = module(*(torch.from_numpy(value) for value in feeds.values())).numpy()
+        (got,) = ReferenceEvaluator(model, new_ops=[MultiscaleDeformableAttnPlugin_TRT]).run(None, feeds)
+        assert abs(got - want).max() <= 1e-5
+        feeds["boxes"] += np.float32(0.05)  # negative control
+        (moved,) = ReferenceEvaluator(model, new_ops=[MultiscaleDeformableAttnPlugin_TRT]).run(None, feeds)
+        assert abs(moved - want).max() > 1e-3
+    typed = convert_precision(path, Precision.FP16, tmp_path, target=Target.TENSORRT).artifact.name
+    half = onnx.load(for_builder(tmp_path / typed, tmp_path, "tensorrt"))
+    (plugin,) = [node for node in half.graph.node if node.op_type == MultiscaleDeformableAttnPlugin_TRT.__name__]
+    assert [a.s for a in plugin.attribute if a.name == "plugin_version"] == [b"2"]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt_rtx"])
+def test_other_backends_refuse_a_graph_that_asks_for_the_plugin(backend, asking, tmp_path):
+    _, _, path = asking
+    with pytest.raises(RecipeError, match=f"plugin library, which {backend} does not have") as error:
+        for_builder(path, tmp_path, backend)
+    assert "--set options.sampling=gather" in str(error.value.hint)
+
+
+def test_what_was_asked_for_and_cannot_be_is_an_error(tmp_path):
+    _, _, path = sampler(tmp_path, [3, 2, 1])
+    with pytest.raises(EngineBuildError, match=r"3 of 3 samplings cannot be the plugin: .*as many at each"):
+        for_builder(path, tmp_path, "tensorrt")
+    asked = {"variant": ("", "tiny"), "size": ("", "64x96"), "options.sampling": ("", "plugin")}
+    with pytest.raises(RecipeError, match="the target is onnxruntime"):
+        load_model(SYSTEM, resolve_recipe("rtdetr", asked), Target.ONNXRUNTIME)
+
+
+def test_a_graph_that_does_not_ask_is_built_as_it_is(tmp_path):
+    _, _, path = sampler(tmp_path, [2, 2, 2], "grid_sample")
+    assert for_builder(path, tmp_path, "tensorrt_rtx") == path

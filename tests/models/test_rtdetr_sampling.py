@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx.parser
 import pytest
 import torch
 from support import effdeploy
@@ -81,14 +82,56 @@ def test_discrete_sampling_takes_the_pixel_below_and_clamps():
     assert abs(got - GridSampling(SIZES, POINTS)(maps, grid, weights)).max() > 0.1
 
 
-@pytest.mark.parametrize(("form", "precision"), [("grid_sample", "fp16"), ("gather", "fp16"), ("gather", "fp32")])
+@pytest.mark.parametrize(("form", "precision"), [("grid_sample", "fp16"), ("gather", "fp32")])
 def test_tensorrt_rtx_builds_the_detector(form, precision, tmp_path):
     pytest.importorskip("tensorrt_rtx")
+    engine = build(
+        tmp_path, "tiny", precision, "--size", "64x96", "--batch", "1:2:3", "--set", f"options.sampling={form}"
+    )
+    assert engine.artifact.name.endswith(".rtx")
+    assert engine.artifact.size > 0
+
+
+@pytest.mark.slow
+def test_tensorrt_rtx_fuses_the_real_detector(tmp_path):
+    """Attention in one kernel each and few kernels in all, with the score path and the boxes in float32."""
+    pytest.importorskip("tensorrt_rtx")
+    engine = build(tmp_path, "r18", "fp16")
+    assert engine.audit.fused["attention"] == engine.audit.expected["attention"] == 4
+    assert sum(engine.audit.kernels.values()) <= 166
+
+
+def build(folder, variant, precision, *options):
     result = effdeploy(
-        "export", "rtdetr", "--variant", "tiny", "--size", "64x96", "--batch", "1:2:3", "--backend", "tensorrt_rtx",
-        "--sm", "89", f"--{precision}", "--set", f"options.sampling={form}", "--until", "engine",
-        "--out", tmp_path / "bundle",
+        "export", "rtdetr", "--variant", variant, "--backend", "tensorrt_rtx", "--sm", "89", f"--{precision}",
+        "--until", "engine", *options, "--out", folder / "bundle",
     )  # fmt: skip
     assert result.exit_code == 0, result.stdout + result.stderr
-    (engine,) = read_manifest(tmp_path / "bundle").engines
-    assert engine.artifact.bytes > 0 if hasattr(engine.artifact, "bytes") else engine.artifact.name.endswith(".rtx")
+    (engine,) = read_manifest(folder / "bundle").engines
+    return engine
+
+
+@pytest.mark.parametrize(("opset", "mode"), [(16, "bilinear"), (20, "linear"), (21, "linear")])
+def test_tensorrt_rtx_reads_the_mode_that_opset_20_renamed(opset, mode):
+    """Older parsers take "linear" for an unknown word and sample the nearest pixel (deploy/data/known_bad.yaml)."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert interpolation(trt, opset, mode) == trt.InterpolationMode.LINEAR
+    assert interpolation(trt, opset, "nearest") == trt.InterpolationMode.NEAREST  # negative control
+
+
+def interpolation(trt, opset, mode):
+    """Parse one GridSample and return what the network holds."""
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 9, opset_import: ["": {opset}]>
+        sample (float[1,2,4,4] x, float[1,3,3,2] grid) => (float[1,2,3,3] y)
+        {{ y = GridSample<mode = "{mode}">(x, grid) }}
+    """)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model.SerializeToString())
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    (layer,) = [found for found in layers if found.type == trt.LayerType.GRID_SAMPLE]
+    layer.__class__ = trt.IGridSampleLayer  # the bindings give the base class, and the type is told apart
+    return layer.interpolation_mode

@@ -13,7 +13,7 @@ the position embedding's other order follows Hugging Face transformers.
 that is exported, ``weights`` the checkpoint layouts, ``system`` variants and interface.
 
 What is hard to export: engines that build, run and detect something else. TensorRT's GridSample is wrong in several
-versions (``KNOWN_BAD`` of ``sampling``); boxes near 0 and 1 and the selection of queries need more than float16.
+versions (``deploy/data/known_bad.yaml``); boxes near 0 and 1 and the selection of queries need more than float16.
 """
 
 from deploy.models.rtdetr.system import SYSTEM

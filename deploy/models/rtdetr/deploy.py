@@ -112,9 +112,15 @@ class QuerySelection(nn.Module):
 
 
 class DeployDecoder(nn.Module):
-    """Maps to logits [N,Q,classes] and boxes [N,Q,4] of the selected queries."""
+    """Maps to logits [N,Q,classes] and boxes [N,Q,4] of the selected queries.
 
-    def __init__(self, decoder: Decoder, form: str) -> None:
+    Args:
+        decoder: The training form.
+        form: Of the bilinear sampling, see ``deploy.models.rtdetr.sampling``.
+        stacked: Compute the values of all layers by one convolution of each map.
+    """
+
+    def __init__(self, decoder: Decoder, form: str, *, stacked: bool = True) -> None:
         super().__init__()
         layers = [cast(DecoderLayer, layer) for layer in decoder.decoder.layers][: decoder.used]
         projections = []
@@ -122,16 +128,16 @@ class DeployDecoder(nn.Module):
             weight, bias = fold_norm(copy.deepcopy(cast(ConvNorm, block)).double())
             projections.append((weight.flatten(1), bias))
         self.selection = QuerySelection(decoder, projections)
-        self.values = nn.ModuleList(_values(layers, *projection) for projection in projections)
+        kind = StackedValues if stacked else SeparateValues
+        self.values = nn.ModuleList(kind(layers, *projection) for projection in projections)
         self.decoder = LayerStack([DeployLayer(layer, form) for layer in layers])
         self.query_pos_head, self.score_head = decoder.query_pos_head, decoder.dec_score_head[decoder.used - 1]
         self.bbox_head = nn.ModuleList(list(decoder.dec_bbox_head)[: decoder.used])
-        self.dim = layers[0].cross_attn.value_proj.out_features
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Detect."""
         x, boxes, _ = self.selection(maps)
-        values = [value(m).split(self.dim, 1) for value, m in zip(self.values, maps, strict=True)]
+        values = [value(m) for value, m in zip(self.values, maps, strict=True)]
         for index, (layer, head) in enumerate(zip(self.decoder.layers, self.bbox_head, strict=True)):
             shown = boxes.sigmoid()
             x = layer(x, self.query_pos_head(shown), shown, [level[index] for level in values])
@@ -139,8 +145,31 @@ class DeployDecoder(nn.Module):
         return self.score_head(x), boxes.sigmoid()
 
 
+class SeparateValues(nn.ModuleList):
+    """The values of each layer by a convolution of its own: what a runtime splits on the CPU, it copies."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], weight: Tensor, bias: Tensor) -> None:
+        super().__init__(_values([layer], weight, bias) for layer in layers)
+
+    def forward(self, image_map: Tensor) -> list[Tensor]:
+        """Return the values [N,C,H,W] of each layer."""
+        return [convolve(image_map) for convolve in self]
+
+
+class StackedValues(nn.Module):
+    """The values of all layers by one convolution: fewer and larger kernels."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.convolve, self.dim = _values(layers, weight, bias), layers[0].cross_attn.value_proj.out_features
+
+    def forward(self, image_map: Tensor) -> tuple[Tensor, ...]:
+        """Return the values [N,C,H,W] of each layer."""
+        return self.convolve(image_map).split(self.dim, 1)
+
+
 def _values(layers: Sequence[DecoderLayer], weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """Compose the value projections of all layers with a map's projection, stacked into one convolution."""
+    """Compose the value projections of layers with a map's projection, stacked into one convolution."""
     projections = [layer.cross_attn.value_proj for layer in layers]
     dtype = projections[0].weight.dtype
     composed = torch.cat([p.weight.double() @ weight for p in projections])

@@ -65,9 +65,16 @@ class CspBlock(nn.Module):
         self.bottlenecks = nn.Sequential(*(RepVGG(hidden, converted=converted) for _ in range(depth)))
         self.conv3 = nn.Identity() if hidden == out else ConvNorm(hidden, out, 1, act="silu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block."""
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Run the block on two maps, the first of the second's size or half of it."""
+        x = torch.cat([enlarged(first, second), second], 1)
         return self.conv3(self.bottlenecks(self.conv1(x)) + self.conv2(x))
+
+
+def enlarged(x: Tensor, like: Tensor) -> Tensor:
+    """Repeat pixels until a map is as large as the other."""
+    scale = like.shape[3] // x.shape[3]
+    return x if scale == 1 else functional.interpolate(x, scale_factor=float(scale))
 
 
 class HybridEncoder(nn.Module):
@@ -111,10 +118,10 @@ class HybridEncoder(nn.Module):
         for lateral, block, low in zip(self.lateral_convs, self.fpn_blocks, maps[-2::-1], strict=True):
             # The convolved map replaces the one above: the way back up reads it too.
             top[0] = lateral(top[0])
-            top.insert(0, block(torch.cat([functional.interpolate(top[0], scale_factor=2.0), low], 1)))
+            top.insert(0, block(top[0], low))
         out = [top[0]]
         for downsample, block, high in zip(self.downsample_convs, self.pan_blocks, top[1:], strict=True):
-            out.append(block(torch.cat([downsample(out[-1]), high], 1)))
+            out.append(block(downsample(out[-1]), high))
         return out
 
     def attend(self, x: Tensor) -> Tensor:

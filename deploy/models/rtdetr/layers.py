@@ -211,9 +211,9 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-def pointwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:
+def pointwise(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
     """Return a 1x1 convolution with copies of these weights [out,in] and [out]."""
     with torch.device("meta"):
-        layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
-    layer.weight, layer.bias = frozen(weight[:, :, None, None]), frozen(bias)
+        layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None)
+    layer.weight, layer.bias = frozen(weight[:, :, None, None]), None if bias is None else frozen(bias)
     return layer

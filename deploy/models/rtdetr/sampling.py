@@ -7,6 +7,7 @@ steps (``align_corners=False``).
 
     grid_sample   one GridSample per level: few nodes, and the fastest on ONNX Runtime
     gather        four corners of zero-padded maps by one Gather per layer: no operator that a runtime could have wrong
+    plugin        as grid_sample up to the builder, which gets TensorRT's multi-scale deformable attention instead
 
 RT-DETRv2's ``discrete`` checkpoints do not interpolate: they take the pixel that a point falls on. They have one form.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -149,15 +151,24 @@ def gather_columns(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(2, index + torch.zeros(1, values.shape[1], 1, dtype=torch.int64, device=index.device))
 
 
-KNOWN_BAD: Mapping[str, str] = {
-    "TensorRT 10.14 and 11.1": "https://github.com/NVIDIA/TensorRT/issues/4813",
-    "TensorRT 10.13 (RT-DETRv2 and D-FINE engines)": "https://github.com/lightly-ai/lightly-train/pull/917",
-    "TensorRT of JetPack 7 other than 10.15": "https://github.com/ultralytics/ultralytics/issues/22873",
-}
-"""Versions whose GridSample engines build and run, and detect something else, and where that was reported."""
+class PluginSampling(nn.Module):
+    """``GridSampling`` by the name that ``deploy.graph.plugins`` replaces in front of TensorRT's builder."""
+
+    def __init__(self, sizes: Sequence[MapSize], points: Sequence[int]) -> None:
+        super().__init__()
+        self.plugin = GridSampling(sizes, points)
+
+    def forward(self, maps: Sequence[Tensor], grid: Tensor, weights: Tensor | None) -> Tensor:
+        """Sample, weight and sum."""
+        return cast(Tensor, self.plugin(maps, grid, weights))
+
 
 Sampling = Callable[[Sequence[MapSize], Sequence[int]], nn.Module]
-BILINEAR: Mapping[str, Sampling] = {"grid_sample": GridSampling, "gather": GatherSampling}
+BILINEAR: Mapping[str, Sampling] = {
+    "grid_sample": GridSampling,
+    "gather": GatherSampling,
+    "plugin": PluginSampling,
+}
 
 
 class FixedGrid(nn.Module):

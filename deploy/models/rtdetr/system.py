@@ -19,11 +19,14 @@ from deploy.models.rtdetr.deploy import DeployDecoder
 from deploy.models.rtdetr.drawing import DRAWING
 from deploy.models.rtdetr.encoder import HybridEncoder
 from deploy.models.rtdetr.layers import folded
+from deploy.models.rtdetr.pyramid import without_concatenation
 from deploy.models.rtdetr.sampling import BILINEAR
 from deploy.models.rtdetr.weights import RELAYOUTS, UNREAD, WEIGHT_MAPS
+from deploy.models.rtdetr.winograd import with_winograd
 from deploy.models.selecting import Selection
-from deploy.records import Target, TensorSpec
+from deploy.records import Precision, Target, TensorSpec
 
+CONVOLUTIONS = {Target.ONNXRUNTIME: "winograd", Target.TENSORRT: "direct"}
 SAMPLING = {Target.ONNXRUNTIME: "grid_sample", Target.TENSORRT: "gather"}
 _FEATURES = ("s3", "s4", "s5")
 
@@ -145,13 +148,37 @@ def to_deploy(model: nn.Module, target: Target) -> nn.Module:
     """Return the folded copy for a target, in the dtype of ``model``; ``model`` stays untouched."""
     source = cast(RTDETR, model)
     options = source.options
-    form = SAMPLING[target] if options["sampling"] == "auto" else options["sampling"]
+    form = _sampling(options, target)
     with torch.no_grad():
-        encoder = folded(source.encoder)
+        encoder = _convolutions(folded(source.encoder), options, target)
         if isinstance(source, EncoderPart):
             return EncoderPart(nn.Identity(), encoder, nn.Identity(), options)
-        decoder = DeployDecoder(cast(Decoder, source.decoder), form)
-        return type(source)(folded(source.backbone), encoder, decoder, options)
+        decoder = DeployDecoder(cast(Decoder, source.decoder), form, stacked=target is Target.TENSORRT)
+        return type(source)(_convolutions(folded(source.backbone), options, target), encoder, decoder, options)
+
+
+def _sampling(options: Mapping[str, Any], target: Target) -> str:
+    """Choose the form of the bilinear sampling.
+
+    Raises:
+        RecipeError: TensorRT's plugin for another runtime, or for a checkpoint that does not interpolate.
+    """
+    form = str(SAMPLING[target] if options["sampling"] == "auto" else options["sampling"])
+    if form == "plugin" and (target is not Target.TENSORRT or options["discrete"]):
+        what = "this checkpoint takes pixels" if options["discrete"] else f"the target is {target.value}"
+        raise RecipeError(
+            f"options.sampling: got plugin, TensorRT's operator for bilinear sampling, and {what}",
+            hint="--set options.sampling=auto, or --backend tensorrt with another checkpoint",
+        )
+    return form
+
+
+def _convolutions(module: nn.Module, options: Mapping[str, Any], target: Target) -> nn.Module:
+    """Choose the form of a folded backbone's or encoder's convolutions; TensorRT chooses its own."""
+    if isinstance(module, HybridEncoder) and target is Target.ONNXRUNTIME:
+        module = without_concatenation(module)
+    form = CONVOLUTIONS[target] if options["convolutions"] == "auto" else options["convolutions"]
+    return module if form == "direct" else with_winograd(module, always=options["convolutions"] == "winograd")
 
 
 def adapt(state: State, options: Mapping[str, Any], size: tuple[int, int]) -> State:
@@ -198,13 +225,16 @@ def interface(options: Mapping[str, Any]) -> dict[str, Any]:
 def keep_fp32(options: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what stays float32 in a 16-bit graph: the scores that select queries, and the boxes from head to head.
 
-    Rounded scores select other queries; float16 steps by 5e-4 near 1, which is 0.3 pixels of 640.
+    Rounded scores select other queries; float16 steps by 5e-4 near 1, which is 0.3 pixels of 640. Filtered convolutions
+    have no digits to spare either.
     """
+    if options["part"] == "encoder":
+        return (r"\.winograd/",) if options["convolutions"] == "winograd" else ()
     return (
         r"^decoder\.selection\.(norm|score_head|bbox_head)\b",
         r"^decoder\.selection/(Add|Gather)",
         r"^decoder\.bbox_head\.",
-        r"^decoder/",
+        r"^decoder/|\.winograd/",  # one pattern, because each must match and a graph need not filter
     )
 
 
@@ -238,12 +268,13 @@ _CHOICES = {
     "head": ("detections", "raw"),
     "part": ("all", "encoder"),
     "sampling": ("auto", *BILINEAR),
+    "convolutions": ("auto", "direct", "winograd"),
     "position": ("checkpoint", "official", "huggingface"),
 }
 _COMMON = {
     "heads": 8, "csp_depth": 3, "decoder_hidden": 256, "decoder_ffn": 1024, "eval_idx": -1, "points": [4, 4, 4],
-    "queries": 300, "discrete": False, "position": "checkpoint", "sampling": "auto", "head": "detections",
-    "part": "all", "top_k": 300, "score_threshold": 0.0,
+    "queries": 300, "discrete": False, "position": "checkpoint", "sampling": "auto", "convolutions": "auto",
+    "head": "detections", "part": "all", "top_k": 300, "score_threshold": 0.0,
 }  # fmt: skip
 _WIDE = {"hidden": 256, "ffn": 1024, "expansion": 1.0, "decoder_layers": 6}
 _WIDER = {**_WIDE, "hidden": 384, "ffn": 2048}
@@ -308,7 +339,7 @@ SYSTEM = System(
         Target.TENSORRT: Form(
             name="composed projections, boxes as logits, sampling by Gather",
             reason="GridSample engines of some TensorRT versions build, run and detect something else "
-            "(deploy.models.rtdetr.sampling.KNOWN_BAD); a Gather form needs no such operator",
+            "(deploy/data/known_bad.yaml); a Gather form needs no such operator",
         ),
     },
     recipe={"system": "rtdetr", "variant": "r18", "size": 640},
@@ -321,6 +352,7 @@ SYSTEM = System(
     outputs=("labels", "boxes", "scores"),
     adapt=adapt,
     keep_fp32=keep_fp32,
+    options_for=lambda precision: {} if precision is Precision.FP32 else {"convolutions": "direct"},
     selection=Selection(selector="decoder.selection", decoder="decoder", scores="decoder.enc_score_head"),
     drawing=DRAWING,
     feeds={"orig_target_sizes": original_sizes},
