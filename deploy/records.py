@@ -189,6 +189,7 @@ class Quantization:
     products: int
     kept: tuple[Kept, ...]
     calibration: Calibration
+    smoothed: Mapping[str, float] = field(default_factory=dict)  # norm -> strength (deploy.precision.smooth)
 
 
 @record

@@ -76,6 +76,9 @@ class QuantizationSection(Section):
     weight_bits: Literal["auto", 7, 8] = Field(
         "auto", description="of INT8 weights for ONNX Runtime; auto: 7 where 8 would overflow this CPU's kernels"
     )
+    smooth: bool | None = Field(
+        None, description="move outliers of norms into the weights behind them (SmoothQuant); default: for TensorRT"
+    )
     keep_high: tuple[str, ...] = Field(
         (), description="regular expressions on node names that stay out of INT8 and FP8"
     )

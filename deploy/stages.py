@@ -155,6 +155,7 @@ class Work:
             method=section.method,
             percentile=section.percentile,
             weight_bits=section.weight_bits,
+            smooth=section.smooth,
             asked=section.keep_high,
             kept=self.system.keep_high(resolve_options(self.system, self.recipe)),
         )

@@ -67,11 +67,11 @@ def _extremes(
     model: ModelProto, tensors: Sequence[str], images: CalibrationImages, advance: Advance
 ) -> tuple[dict[str, tuple[float, float]], dict[str, int]]:
     """First pass: the extremes of each tensor, and its number of values in one batch."""
-    session = _session(_probed(model, tensors))
+    session = open_session(_probed(model, tensors))
     low, high = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
     sizes = np.zeros(len(tensors), np.int64)
     for feeds in images.batches():
-        values = np.array([float(v) for v in _run(session, None, feeds)]).reshape(len(tensors), 3)
+        values = np.array([float(v) for v in run_session(session, None, feeds)]).reshape(len(tensors), 3)
         low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])
         sizes = values[:, 2].astype(np.int64)
         advance(_rows(feeds))
@@ -110,9 +110,9 @@ def _histograms(
     counts = {name: np.zeros(BINS, np.int64) for name in extremes}
     groups = list(_groups(sizes))
     for place, group in enumerate(groups):
-        session = _session(_with_outputs(model, group))
+        session = open_session(_with_outputs(model, group))
         for feeds in images.batches():
-            for name, values in zip(group, _run(session, group, feeds), strict=True):
+            for name, values in zip(group, run_session(session, group, feeds), strict=True):
                 counts[name] += _counted(values, *extremes[name])
             advance(_rows(feeds) if place == len(groups) - 1 else 0)
     return {name: Measured(low=ends[0], high=ends[1], counts=counts[name]) for name, ends in extremes.items()}
@@ -150,7 +150,12 @@ def _rows(feeds: Feeds) -> int:
     return len(next(iter(feeds.values())))
 
 
-def _session(model: ModelProto) -> object:
+def open_session(model: ModelProto) -> object:
+    """Open a float32 graph on ONNX Runtime's CPU provider.
+
+    Raises:
+        PrecisionError: ONNX Runtime refuses it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -162,7 +167,12 @@ def _session(model: ModelProto) -> object:
         raise PrecisionError(f"calibration cannot load the graph in ONNX Runtime: {error}") from error
 
 
-def _run(session: object, names: list[str] | None, feeds: Feeds) -> list[Array]:
+def run_session(session: object, names: list[str] | None, feeds: Feeds) -> list[Array]:
+    """Run once and return the named outputs, all of them for ``None``.
+
+    Raises:
+        PrecisionError: a kernel failed.
+    """
     try:
         return session.run(names, dict(feeds))  # type: ignore[attr-defined, no-any-return]
     except Exception as error:  # ONNX Runtime's exceptions share no public base

@@ -24,6 +24,7 @@ from deploy.precision.histogram import clipped, described
 from deploy.precision.images import CalibrationImages
 from deploy.precision.qdq import lint, quantised_products
 from deploy.precision.select import ACTIVATIONS, PRODUCTS, Selection, groups, select
+from deploy.precision.smooth import channels_of, sites_of, smoothed, strengths_of
 from deploy.precision.view import GraphView, inferred, view_of
 from deploy.precision.write_qdq import handed_on, with_qdq
 from deploy.records import CalibratedTensor, Calibration, Precision, Quantization, Target
@@ -44,6 +45,8 @@ class QuantizationRequest:
         method: How they are clipped (``deploy.precision.histogram.METHODS``, or ``"minmax"``).
         percentile: Share of values, in percent, that the percentile method keeps.
         weight_bits: 7, 8 or ``"auto"``; for INT8 on ONNX Runtime.
+        smooth: Whether outliers of norms may move into the weights behind them (``deploy.precision.smooth``); ``None``:
+            for TensorRT, whose symmetric ranges suffer most from them.
         asked: The user's regular expressions on node names that stay out.
         kept: The system's, with their reasons.
         advance: Told how many images were done; each counts twice.
@@ -53,6 +56,7 @@ class QuantizationRequest:
     method: str = "minmax"
     percentile: float = 99.99
     weight_bits: int | str = "auto"
+    smooth: bool | None = None
     asked: tuple[str, ...] = ()
     kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
     advance: Callable[[int], None] = lambda images: None
@@ -89,6 +93,11 @@ def quantize(
     ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in whole.graph.value_info}
     selection = select(view, target, request.asked, request.kept, ranks)
     start = time.perf_counter()
+    bits, weights = _weights(request.weight_bits, precision, target)
+    strengths: dict[str, float] = {}
+    if target is Target.TENSORRT if request.smooth is None else request.smooth:
+        source, strengths = _smoothed(source, view, selection, request.images, bits, target)
+        view, digest = view_of(source), f"{digest} smoothed {sorted(strengths.items())}"
     measured, cached = measure(
         source, _measurable(view, target), request.images, digest=digest, advance=request.advance
     )
@@ -103,7 +112,6 @@ def quantize(
         skipped=tuple(f"{name}: {why}" for name, why in request.images.skipped.items()),
         method=request.method, cached=cached, tensors=calibrated, seconds=time.perf_counter() - start,
     )  # fmt: skip
-    bits, weights = _weights(request.weight_bits, precision, target)
     model = with_qdq(source, view, selection, ranges, target, bits)
     if precision is Precision.FP8:
         model = as_fp8(model, source)
@@ -111,8 +119,22 @@ def quantize(
     record = Quantization(
         style=STYLE[target], weights=weights, nodes=len(quantised_products(model)),
         products=len(selection.nodes) + len(selection.kept), kept=groups(view, selection.kept), calibration=calibration,
+        smoothed=strengths,
     )  # fmt: skip
     return Quantised(model=model, record=record, warnings=tuple(_warnings(request.images, calibrated)))
+
+
+def _smoothed(
+    source: ModelProto, view: GraphView, selection: Selection, images: CalibrationImages, bits: int, target: Target
+) -> tuple[ModelProto, dict[str, float]]:
+    """Fold the strengths that pay into norms and weights; return the graph, and strength by norm."""
+    sites = sites_of(view, selection)
+    if not sites:
+        return source, {}
+    channels = channels_of(source, view, sites, images)
+    strengths = strengths_of(view, sites, channels, bits=bits, symmetric=target is Target.TENSORRT)
+    named = {view.nodes[norm].name: strength for norm, strength in strengths.items()}
+    return smoothed(source, view, sites, channels, strengths) if strengths else source, named
 
 
 def _refuse(precision: Precision, target: Target) -> None:

@@ -21,6 +21,9 @@ def blocks(found: Quantization, precision: Precision) -> list[Block]:
         )
     )
     drawn: list[Block] = [facts]
+    if found.smoothed:
+        told = ", ".join(f"{norm} ({strength:g})" for norm, strength in found.smoothed.items())
+        drawn.append(Facts(rows=(("outliers moved into weights (strength)", Cell(text=told)),)))
     if found.kept:
         rows = tuple(
             cells(k.reason, units.count(k.nodes), Cell(text=", ".join(k.examples), code=True)) for k in found.kept
