@@ -9,16 +9,25 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from deploy.linting.checks.base import Check, Hit, has, hit, sites
-from deploy.linting.view import View
+from deploy.linting.view import Site, View, type_name
 
 _FOUR = 4  # rank of Q, K and V with an axis for heads
 
 
+def attention_type(view: View, rule: Any) -> Iterator[Hit]:
+    """An Attention computes in a refused type, and its operands are not what the builder can take apart."""
+    for site in sites(view, rule):
+        name = type_name(view.type_of(site.node, 0))
+        if name in rule.given["refused"] and not _decomposable(view, site):
+            yield hit(site, name)
+
+
 def head_size(view: View, rule: Any) -> Iterator[Hit]:
-    """The size of an Attention's heads is known and not within ``least`` and ``most``."""
+    """The size of an Attention's heads is known and not within ``least`` and ``most``; as above."""
     for site in sites(view, rule):
         size = _head_size(view, site.node, 0, "q_num_heads")
-        if size is not None and not rule.given["least"] <= size <= rule.given["most"]:
+        known = size is not None and not rule.given["least"] <= size <= rule.given["most"]
+        if known and not _decomposable(view, site):
             yield hit(site, size)
 
 
@@ -59,6 +68,26 @@ def split_gelu(view: View, rule: Any) -> Iterator[Hit]:
             yield hit(site)
 
 
+def _decomposable(view: View, site: Site) -> bool:
+    """Whether TensorRT-RTX 1.7.1 takes the node apart where it has no kernel.
+
+    It does where nothing is masked, and queries, keys and values are [B,S,H*D] or were made of it by Reshape and
+    Transpose.
+    """
+    masked = has(site, 3) or view.attribute(site.node, "is_causal", 0)
+    return not masked and all(_is_flat(view, site.node, place) for place in range(3))
+
+
+def _is_flat(view: View, node: NodeProto, place: int) -> bool:
+    if len(view.shape_of(node, place) or ()) == _FOUR - 1:
+        return True
+    heads = _maker(view, node.input[place], "Transpose") if place < len(node.input) else None
+    split = None if heads is None else _maker(view, heads.input[0], "Reshape")
+    if heads is None or split is None or len(view.shape_of(split, 0) or ()) != _FOUR - 1:
+        return False
+    return list(view.attribute(heads, "perm", ())) == [0, 2, 1, 3]
+
+
 def _head_size(view: View, node: NodeProto, place: int, heads: str) -> int | None:
     """Return the size of one head: the last axis, or of three axes its share."""
     shape = view.shape_of(node, place)
@@ -90,5 +119,5 @@ def _reads(view: View, node: NodeProto, number: float) -> bool:
 
 
 PATTERNS: dict[str, Check] = {
-    check.__name__: check for check in (head_size, value_size, mask_type, split_layer_norm, split_gelu)
+    check.__name__: check for check in (attention_type, head_size, value_size, mask_type, split_layer_norm, split_gelu)
 }
