@@ -26,7 +26,7 @@ _FLOATS = {
     onnx.TensorProto.BFLOAT16: "bf16",
     onnx.TensorProto.DOUBLE: "fp64",
 }
-_EIGHT_BITS = {
+_EIGHT_BITS: Mapping[int, str] = {
     onnx.TensorProto.INT8: "int8",
     onnx.TensorProto.UINT8: "int8",
     onnx.TensorProto.FLOAT8E4M3FN: "fp8",

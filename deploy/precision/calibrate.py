@@ -93,8 +93,10 @@ def _probed(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
     for place, name in enumerate(tensors):
         for op, kind in (("ReduceMin", FLOAT), ("ReduceMax", FLOAT), ("Size", 7)):
             output = f"calibration/{place}/{op}"
-            attributes = {} if op == "Size" else {"keepdims": 0}
-            copy.graph.node.append(helper.make_node(op, [name], [output], **attributes))
+            probe = helper.make_node(op, [name], [output])
+            if op != "Size":
+                probe.attribute.append(helper.make_attribute("keepdims", 0))
+            copy.graph.node.append(probe)
             copy.graph.output.append(helper.make_tensor_value_info(output, kind, []))
     return copy
 

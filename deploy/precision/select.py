@@ -54,7 +54,7 @@ class Selection:
 
     def output(self, view: GraphView, index: int) -> str:
         """Name the tensor that a quantised convolution hands on."""
-        return view.nodes[self.activations.get(index, index)].output[0]
+        return str(view.nodes[self.activations.get(index, index)].output[0])
 
 
 def select(
@@ -175,8 +175,8 @@ def _activations(view: GraphView, chosen: tuple[int, ...]) -> dict[int, int]:
 def _handed_on(view: GraphView, node: NodeProto) -> str:
     readers = view.readers.get(node.output[0], ())
     if len(readers) == 1 and view.nodes[readers[0][0]].op_type in ACTIVATIONS:
-        return view.nodes[readers[0][0]].output[0]
-    return node.output[0]
+        return str(view.nodes[readers[0][0]].output[0])
+    return str(node.output[0])
 
 
 def _flat_bias(view: GraphView, node: NodeProto, ranks: Mapping[str, int]) -> bool:
