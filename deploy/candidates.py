@@ -191,7 +191,8 @@ def prove_selection(
         return ()
     paths = {stage: open_artifact(artifact, folder) for stage, artifact in stages.items()}
     stage, path = [(s, p) for s, p in paths.items() if s not in set(Precision) or s == Precision.FP32.value][-1]
-    float32 = SelectingFile(stage=stage, precision=Precision.FP32, load=partial(load_model, path))
+    same = [engine_name(e, engines) for e in engines if e.runnable and e.artifact.name == path.name]
+    float32 = SelectingFile(stage=(*same, stage)[0], precision=Precision.FP32, load=partial(load_model, path))
     files: list[SelectingFile | Candidate] = [float32]
     if recipe.precision is not Precision.FP32:
         files += _low_files(recipe.precision, paths[recipe.precision.value], loaded)

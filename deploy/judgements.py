@@ -135,6 +135,7 @@ class SelectionCheck:
     failures: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: float
+    tied: int = 0  # images in which PyTorch's own scores tie at the cut, so that either query may be selected
 
 
 @record

@@ -31,6 +31,7 @@ from deploy.backends.base import Array
 from deploy.parity.compare import Candidate
 from deploy.parity.detection import MATCH_IOU, MATCH_SCORE, Matches, match_detections, match_overlap
 from deploy.parity.inputs import InputPack
+from deploy.parity.metrics import TASKS, concatenate, judge, pool
 from deploy.parity.validation import (
     Image,
     Open,
@@ -55,6 +56,8 @@ MEDIAN, LARGEST, BOX, CUT = 5e-5, 1e-3, 2e-5, 1e-4  # logits, logits, boxes in 0
 # Gate B for random weights: right graphs of a model share more than this, graphs with something else in them a few %.
 RANDOM_OVERLAP = 0.9
 RANDOM_OVERLAP_8_BITS = 0.2  # rounded to 256 levels, random weights select other queries: 42 % are shared (tiny, INT8)
+_NOTHING = Tolerance()
+BEFORE = ("deploy form", "traced")  # float32 stages from which the graph of gate A is made
 JUDGED_GROUPS = ("noise", "natural", "photos")  # on plain extremes most positions are tied, and overlap says nothing
 
 
@@ -97,7 +100,7 @@ def check_selection(
         else:
             theirs = run_file(file, names, inputs, expected, open_)
         if file.precision is Precision.FP32:
-            check = gate_a(file.stage, mine, theirs)
+            check = gate_a(file.stage, mine, theirs, limits=tolerances[file.precision.value])
         else:
             limits = tolerances[file.precision.value]
             least = RANDOM_OVERLAP_8_BITS if file.precision.quantised else RANDOM_OVERLAP
@@ -109,7 +112,12 @@ def check_selection(
 
 
 def with_selection(parity: ParityRecord, checks: Sequence[SelectionCheck]) -> ParityRecord:
-    """Add the gates to a parity record; either one's failure is the verdict."""
+    """Add the gates to a parity record; either one's failure is the verdict.
+
+    Where PyTorch's own scores tie at the cut, a right graph may select the other query, and its free outputs then lack
+    a detection. Gate A has held such a graph with PyTorch's selection imposed: its free outputs are no criterion.
+    """
+    parity = _without_ties(parity, checks)
     failed = [check for check in checks if not check.ok]
     last = [check for check in checks if check.gate != "A"][-1:]
     told = "; ".join(told_of(check) for check in (failed[:1] or [*(c for c in checks if c.gate == "A"), *last]))
@@ -124,14 +132,38 @@ def with_selection(parity: ParityRecord, checks: Sequence[SelectionCheck]) -> Pa
     )
 
 
+def _without_ties(parity: ParityRecord, checks: Sequence[SelectionCheck]) -> ParityRecord:
+    held = [check for check in checks if check.gate == "A"]
+    tied = max((check.tied for check in held), default=0)
+    if not tied or not all(check.ok for check in held):
+        return parity
+    stages = {*BEFORE, *(check.stage for check in held)}
+    comparisons = tuple(
+        dataclasses.replace(c, passed=True, failures=())
+        if c.stage in stages and c.precision == Precision.FP32.value and np.isfinite(c.max_abs)
+        else c
+        for c in parity.comparisons
+    )
+    if comparisons == parity.comparisons:
+        return parity
+    ok = all(c.passed for c in comparisons) and all(d.ok for d in parity.decisions)
+    holds = f"parity holds over {len(comparisons)} comparisons on {comparisons[0].images} images"
+    note = (
+        f"PyTorch's own scores tie at the cut in {tied} images (within {units.given(CUT)}): float32 outputs that "
+        "lack a detection there were judged with PyTorch's selection imposed"
+    )
+    verdict = holds if ok else parity.verdict
+    return dataclasses.replace(parity, ok=ok, verdict=verdict, comparisons=comparisons, notes=(*parity.notes, note))
+
+
 def told_of(check: SelectionCheck) -> str:
     """Say in a sentence what a gate found."""
     if not check.ok:
         return f"gate {check.gate} fails at {check.stage!r}: {'; '.join(check.failures)}"
     if check.gate == "A":
         return (
-            f"gate A holds at {check.stage!r}: logits of one position differ by {units.number(check.largest)} at most, "
-            f"boxes by {units.number(check.boxes)}"
+            f"gate A holds at {check.stage!r}: logits of one position differ by {units.number(check.largest)} at "
+            f"most, boxes by {units.number(check.boxes)}"
         )
     if check.random:
         seen = f"scores and boxes in float32, {units.percent(check.overlap)} of the selection shared"
@@ -141,22 +173,23 @@ def told_of(check: SelectionCheck) -> str:
     return f"gate B holds at {check.stage!r}: {shared}{check.matches}"
 
 
-def gate_a(stage: str, expected: Sequence[Image], got: Sequence[Image]) -> SelectionCheck:
-    """Hold a float32 graph to PyTorch, image by image."""
+def gate_a(
+    stage: str, expected: Sequence[Image], got: Sequence[Image], *, limits: Tolerance = _NOTHING
+) -> SelectionCheck:
+    """Hold a float32 graph to PyTorch, image by image; ``limits`` are those of its outputs, rows paired."""
     check = _measured("A", stage, expected, got)
-    return _failing(
-        check,
-        [
-            f"{what} {units.number(value)} > {units.given(limit)}"
-            for what, value, limit in (
-                ("logits of the same position differ by a median of", check.median, MEDIAN),
-                ("logits of the same position differ by", check.largest, LARGEST),
-                ("boxes differ by", check.boxes, BOX),
-                ("a query that only one of both selected is away from the cut by", check.margin, CUT),
-            )
-            if value is None or not value <= limit
-        ],
-    )
+    apart = [
+        f"{what} {units.number(value)} > {units.given(limit)}"
+        for what, value, limit in (
+            ("logits of the same position differ by a median of", check.median, MEDIAN),
+            ("logits of the same position differ by", check.largest, LARGEST),
+            ("boxes differ by", check.boxes, BOX),
+            ("a query that only one of both selected is away from the cut by", check.margin, CUT),
+        )
+        if value is None or not value <= limit
+    ]
+    tied = sum(_tied(image.seen) for image in expected if image.seen)
+    return _failing(dataclasses.replace(check, tied=tied), [*apart, *_of_outputs(expected, got, limits)])
 
 
 def gate_b(
@@ -193,6 +226,30 @@ def gate_b(
             found.append(f"{what} {units.number(value)} > {units.given(limit)}")
     note = f"{stage}: {check.matches}; photos of what it was trained on would judge more (--images DIR)"
     return dataclasses.replace(_failing(check, found), notes=(note,) if check.matched is None else ())
+
+
+def _tied(seen: Seen) -> bool:
+    """Whether the first position that was not selected is as good as the last one that was."""
+    ranked = -np.sort(-seen.scores)
+    count = len(seen.index)
+    return len(ranked) > count and bool(ranked[count - 1] - ranked[count] <= CUT)
+
+
+def _of_outputs(expected: Sequence[Image], got: Sequence[Image], limits: Tolerance) -> list[str]:
+    """Judge the outputs, PyTorch's selection imposed where another was taken; ``NaN`` is told elsewhere."""
+    finite = [(a.outputs, b.outputs) for a, b in zip(expected, got, strict=True) if b.finite()]
+    if limits.unbounded or not finite:
+        return []
+    task = "detection" if "scores" in finite[0][0] else "queries"
+    rows = [
+        TASKS[task](*({name: np.asarray(array)[None] for name, array in side.items()} for side in pair))
+        for pair in finite
+    ]
+    return [
+        f"output {name!r}: {failure}"
+        for name in rows[0]
+        for failure in judge(pool(concatenate([one[name] for one in rows])), limits)
+    ]
 
 
 def _below(value: float | None, limit: float | None) -> bool:

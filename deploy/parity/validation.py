@@ -216,7 +216,7 @@ def run_file(
     """Run a file over all inputs, and return its images.
 
     In float32, images whose selection is not PyTorch's run once more with PyTorch's imposed, so that all of their rows
-    can be held to PyTorch's; what was selected stays the free run's.
+    and outputs can be held to PyTorch's; what was selected stays the free run's.
     """
     judged, found = tuple(expected[0].outputs), []
     with contextlib.ExitStack() as stack:
@@ -227,6 +227,7 @@ def run_file(
             got = free.infer(chunk.feeds)
             other = [n for n in range(len(mine.index)) if {*mine.index[n]} != {*got[names.index][n]}]
             rows, aligned = got[names.index].copy(), {n: got[n].astype(np.float64) for n in (names.logits, names.boxes)}
+            told = got
             if other and file.precision is Precision.FP32:
                 forced = forced or stack.enter_context(_opened(imposed(model, names), open_))
                 told = forced.infer({**chunk.feeds, IMPOSED: mine.index})
@@ -239,7 +240,7 @@ def run_file(
                     boxes=aligned[names.boxes][n], placed=got[names.logits][n].astype(np.float64),
                     scores=got[names.scores][n].astype(np.float64),
                 )  # fmt: skip
-                found.append(Image(outputs=_row(got, n, judged), seen=seen))
+                found.append(Image(outputs=_row(told if n in other else got, n, judged), seen=seen))
     return found
 
 

@@ -12,7 +12,7 @@ from deploy.parity.compare import _of_outputs, _require_limits
 from deploy.parity.detection import match_detections
 from deploy.parity.selection import CUT, gate_a, gate_b, told_of, with_selection
 from deploy.parity.validation import Image, Seen
-from deploy.records import ParityRecord, Precision, Tolerance
+from deploy.records import Comparison, ParityRecord, Precision, Tolerance
 
 QUERIES, POSITIONS, CLASSES = 20, 100, 4
 SHIFT = np.array([8, 0, 8, 0])
@@ -105,6 +105,49 @@ def test_only_what_lies_at_the_cut_may_be_selected_otherwise():
     check = gate_a("graph", [best], [there])
     assert not check.ok
     assert check.rank == 1
+
+
+def compared(stage, precision="fp32", **changes):
+    fields = {
+        "stage": stage, "output": "scores", "images": 8, "max_abs": 0.004, "mean_abs": 0.0, "max_relative": 0.004,
+        "relative_l2": 0.0, "cosine": 1.0, "snr_db": 60.0, "top1": None, "top5": None, "passed": False,
+        "failures": ("max_relative 0.004 > 0.0005",), "precision": precision,
+    }  # fmt: skip
+    return Comparison(**{**fields, **changes})
+
+
+def parity_of(*comparisons):
+    ok = all(c.passed for c in comparisons)
+    return ParityRecord(
+        ok=ok, verdict="parity fails", tolerances={}, comparisons=comparisons, inputs={}, notes=(), seconds=0.0
+    )
+
+
+def test_a_tie_at_the_cut_takes_nothing_from_a_graph_that_gate_a_has_held():
+    tied, there = swapped(run(), QUERIES - 1, CUT / 2)
+    check = gate_a("patched", [tied], [there])
+    assert (check.ok, check.tied) == (True, 1)
+    held = with_selection(parity_of(compared("traced"), compared("patched")), [check])
+    assert held.ok
+    assert "tie at the cut in 1 images" in held.notes[0]
+    clear = gate_a("patched", [run()], [run()])
+    assert (clear.ok, clear.tied) == (True, 0)
+    for check_, comparison in (
+        (clear, compared("patched")),  # no tie explains it
+        (check, compared("engine sm89")),  # gate A has not seen that engine
+        (check, compared("patched", precision="fp16")),
+        (check, compared("patched", max_abs=np.inf)),
+        (dataclasses.replace(check, ok=False, failures=("boxes",)), compared("patched")),
+    ):
+        assert not with_selection(parity_of(comparison), [check_]).ok
+
+
+def test_gate_a_holds_the_outputs_as_well():
+    image, limits = run(), Tolerance(max_relative=5e-4)
+    assert gate_a("graph", [image], [image], limits=limits).ok
+    wrong = outputs(image, boxes=image.outputs["boxes"] + 3)
+    check = gate_a("graph", [image], [wrong], limits=limits)
+    assert "output 'boxes': max_relative" in check.failures[0]
 
 
 def b(expected, got, *, random=False, limits=LIMITS, groups=("photos",)):
