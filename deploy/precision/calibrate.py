@@ -21,6 +21,7 @@ from onnx import ModelProto, helper
 
 from deploy.artifacts import cache_folder
 from deploy.backends.base import Array, Feeds
+from deploy.cpu import usable_threads
 from deploy.errors import PrecisionError
 from deploy.precision.histogram import BINS, Measured
 from deploy.precision.images import CalibrationImages
@@ -162,6 +163,7 @@ def open_session(model: ModelProto) -> object:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = usable_threads(0)  # ONNX Runtime would pin to cores that a container may not have
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
