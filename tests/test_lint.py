@@ -10,14 +10,15 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from lint_corpus import CASES, TEXTS, text_model, with_weight, written
+from lint_corpus import CASES, MADE, TEXTS, text_model, with_weight, written
 from packaging.specifiers import SpecifierSet
 from support import effdeploy
+from test_completion import complete
 
 import deploy
 from deploy.artifacts import read_manifest
 from deploy.console import Console, Mode
-from deploy.errors import BundleError, EffdeployError, LintError, RecipeError, UnknownNameError
+from deploy.errors import BundleError, EffdeployError, LintError, PrecisionError, RecipeError, UnknownNameError
 from deploy.known_bad import known_bad
 from deploy.linting import table as tables
 from deploy.linting.build import check_before_build
@@ -25,7 +26,9 @@ from deploy.linting.checks import CHECKS
 from deploy.linting.run import lint_file
 from deploy.linting.table import Goal, goal_of_backend, parse_goals, read_table, table
 from deploy.linting.view import View
-from deploy.records import LintRecord, from_json, to_json
+from deploy.precision.qdq import lint as quantisation_lint
+from deploy.records import LintRecord, Target, from_json, to_json
+from deploy.report import render
 from deploy.report.lint import lint_blocks
 
 ALL = parse_goals(())
@@ -96,6 +99,42 @@ def test_versions_decide(tmp_path):
     assert rules_of(lint_file(path, (Goal(runtime="tensorrt_rtx", version="1.7"),))) == set()
 
 
+# Scales and integers behind another operator: the stage writes none of them, so it does not follow them.
+FOLDED = {
+    "qdq-folded-scale",
+    "q-int8-reshape",
+    "qdq-fp16",
+    "qdq-fp16-sub",
+    "scale-axis-conv",
+    "scale-axis-ok",
+    "q-f8",
+    "q-f8-e5",
+}
+
+
+def test_the_quantisation_stage_refuses_nothing_that_the_table_passes(tmp_path):
+    """Two readings of Q/DQ, one for files that effdeploy quantised and one for any, come to the same."""
+    refused: dict[str, str] = {}
+    passed = set()
+    for name, case in CASES.items():
+        model = onnx.load(case.write(tmp_path), load_external_data=False) if name not in MADE else None
+        if model is None or name in FOLDED or not any("Quantize" in node.op_type for node in model.graph.node):
+            continue
+        if not rules_of(lint_file(tmp_path / "model.onnx", parse_goals(["tensorrt==11.4"]))):
+            passed.add(name)
+        refused |= _refused(name, model)
+    assert {name: refused[name] for name in passed & set(refused)} == {}
+    assert len(refused) > 5
+
+
+def _refused(name: str, model: onnx.ModelProto) -> dict[str, str]:
+    try:
+        quantisation_lint(model, Target.TENSORRT)
+    except PrecisionError as error:
+        return {name: error.message}
+    return {}
+
+
 def test_goals_as_they_are_typed():
     assert [str(goal) for goal in parse_goals(["tensorrt==11.4", "tensorrt-rtx", "onnxruntime==1.22"])] == [
         "tensorrt==11.4", "tensorrt_rtx==1.7", "onnxruntime==1.22",
@@ -146,6 +185,12 @@ def test_json_holds_the_findings(tmp_path):
     assert record.findings[0].rule == "topk-k"
     assert record.findings[0].severities == {"tensorrt==11.4": "error"}
     assert events[-1]["exit_code"] == 23
+
+
+def test_the_shell_completes_goals(tmp_path):
+    assert complete("lint model.onnx --for tensorrt==1") == ["tensorrt==11.4", "tensorrt==10.16"]
+    (tmp_path / "model.onnx").touch()
+    assert complete("lint m", cwd=str(tmp_path)) == ["model.onnx"]
 
 
 def test_the_api_raises_with_the_findings(tmp_path):
@@ -241,12 +286,13 @@ def test_what_a_build_found_is_in_its_record_and_its_warnings(tmp_path):
 
 
 def test_an_export_is_linted_and_the_report_shows_it(tmp_path):
-    result = effdeploy("export", "riformer", "--variant", "tiny", "--seconds", "0.1", "--out", tmp_path / "b")
+    result = effdeploy("export", "riformer", "--variant", "tiny", "--until", "engine", "--out", tmp_path / "b")
     assert result.exit_code == 0, result.stderr
-    (engine,) = read_manifest(tmp_path / "b").engines
+    run = read_manifest(tmp_path / "b")
+    (engine,) = run.engines
     assert engine.lint.goals == (str(goal_of_backend("onnxruntime")[0]),)
     assert engine.lint.findings == ()
-    assert f"Lint for {engine.lint.goals[0]}: clean" in (tmp_path / "b" / "report.md").read_text()
+    assert f"Lint for {engine.lint.goals[0]}: clean" in render([run], tmp_path)[1].read_text()
     finding = lint_file(CASES["resize-cubic"].write(tmp_path), parse_goals(["tensorrt==11.4"]))
     (block,) = lint_blocks([dataclasses.replace(engine, lint=finding)] * 2)
     assert "Lint for tensorrt==11.4: 1 findings" in str(block)
