@@ -333,8 +333,9 @@ SYSTEM = System(
     to_deploy=to_deploy,
     forms={
         Target.ONNXRUNTIME: Form(
-            name="composed projections, boxes as logits, GridSample",
-            reason="GridSample is one operator with a kernel of its own; not timed against the others here",
+            name="composed projections, boxes as logits, GridSample, sums for concatenations, filtered convolutions",
+            reason="r18 at 640 pixels takes 1.14 times as long with direct convolutions (AVX2, one thread, FP32: other "
+            "precisions do not filter); on a GPU --set convolutions=direct may be faster (benchmarks/rtdetr.py)",
         ),
         Target.TENSORRT: Form(
             name="composed projections, boxes as logits, sampling by Gather",
