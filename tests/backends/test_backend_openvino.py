@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from support import effdeploy
 
 pytest.importorskip("openvino", reason="needs the openvino package (extra openvino)")
@@ -158,6 +158,63 @@ def test_bf16_runs_and_is_proven(graph, tmp_path):
     (engine,) = BACKEND.build(graph("network", "bf16"), tmp_path, BF16)
     assert engine.audit.kernels["bf16"] > 0
     assert "run in BF16 kernels" in engine.audit.statement
+
+
+def quantised_linear(path: Path, style: str) -> Path:
+    """Write a product between Q and DQ: symmetric int8 for TensorRT, uint8 and a quantised output for ONNX Runtime."""
+    kind, zero, dtype = (TensorProto.INT8, 0, np.int8) if style == "tensorrt" else (TensorProto.UINT8, 128, np.uint8)
+    weights = np.random.default_rng(0).integers(-127, 128, (64, 32)).astype(np.int8)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"], name="q"),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"], name="dq"),
+        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["wd"], name="wdq", axis=1),
+        helper.make_node("MatMul", ["xd", "wd"], ["h"], name="fc"),
+    ]
+    if style == "onnxruntime":
+        nodes += [
+            helper.make_node("QuantizeLinear", ["h", "sh", "z"], ["hq"], name="q2"),
+            helper.make_node("DequantizeLinear", ["hq", "sh", "z"], ["hd"], name="dq2"),
+        ]
+    nodes.append(helper.make_node("Relu", [nodes[-1].output[0]], ["y"], name="act"))
+    scale = np.float32
+    constants = {
+        "s": scale(0.03), "z": dtype(zero), "sh": scale(0.1), "w": weights, "sw": np.full(32, 0.004, np.float32),
+        "zw": np.zeros(32, np.int8),
+    }  # fmt: skip
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 32])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+        value_info=[helper.make_tensor_value_info("xq", kind, ["n", 64])],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("style", ["onnxruntime", "tensorrt"])
+def test_both_styles_of_q_and_dq_run_in_integer_kernels(tmp_path, style):
+    from deploy.backends.onnxruntime import open_model
+
+    path = quantised_linear(tmp_path / "linear.onnx", style)
+    options = BuildOptions(threads=1, precision=Precision.INT8, batch=Batch.parse("1:2:4"))
+    (engine,) = BACKEND.build(path, tmp_path, options)
+    assert "1 of them run in INT8 kernels" in engine.audit.statement
+    x = {"x": np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)}
+    with BACKEND.open(engine, tmp_path, options) as runner, open_model(path, options) as reference:
+        np.testing.assert_allclose(runner.infer(x)["y"], reference.infer(x)["y"], atol=0.11)  # one step of the output
+
+
+def test_int8_that_is_not_in_the_graph_is_found(graph, tmp_path):
+    with pytest.raises(PrecisionAuditError, match="asked for INT8, but the engine is not: 0 of 3"):
+        BACKEND.build(graph("network"), tmp_path, BuildOptions(threads=1, precision=Precision.INT8))
+
+
+def test_fp8_is_refused():
+    with pytest.raises(BackendUnavailableError, match="OpenVINO has no such kernels"):
+        BACKEND.check(BuildOptions(precision=Precision.FP8))
 
 
 def test_an_fp32_engine_with_shorter_kernels_is_found(graph):
