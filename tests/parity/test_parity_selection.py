@@ -6,12 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from deploy.errors import RecipeError
 from deploy.parity.compare import _of_outputs, _require_limits
 from deploy.parity.detection import match_detections
 from deploy.parity.selection import CUT, gate_a, gate_b, told_of, with_selection
-from deploy.parity.validation import Image, Seen
+from deploy.parity.validation import Image, Names, Seen, islands
 from deploy.records import Comparison, ParityRecord, Precision, Tolerance
 
 QUERIES, POSITIONS, CLASSES = 20, 100, 4
@@ -255,3 +256,25 @@ def test_partners_are_taken_once_and_may_lie_below_the_score():
     matches = match_detections(found, lower, 0.9)
     assert (matches.lost, matches.added, matches.share) == (0, 0, 1.0)
     assert matches.score == pytest.approx(0.31)
+
+
+def typed(low=()):
+    """A head, an addition and a sigmoid to the boxes, and a head and a maximum to the scores; some in float16."""
+    nodes, values = [], []
+    for name, operator, source in (
+        ("head", "Relu", "x"), ("moved", "Add", "head"), ("boxes", "Sigmoid", "moved"),
+        ("logits", "Relu", "x"), ("scores", "ReduceMax", "logits"),
+    ):  # fmt: skip
+        kind = TensorProto.FLOAT16 if name in low else TensorProto.FLOAT
+        values.append(helper.make_tensor_value_info(name, kind, None))
+        inputs = [source, source] if operator == "Add" else [source]
+        nodes.append(helper.make_node(operator, inputs, [name], name=name))
+    graph = helper.make_graph(nodes, "typed", [], [], value_info=values)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def test_what_decides_must_be_float32():
+    names = Names(index="", scores="scores", logits="logits", boxes="boxes")
+    assert islands(typed(), names) == ()
+    for low in ("boxes", "moved", "head", "scores", "logits"):
+        assert islands(typed([low]), names) == (f"not float32 although selection or boxes depend on it: {low}",)

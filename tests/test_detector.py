@@ -1,0 +1,267 @@
+"""A trained detector on the road: both gates with everything that they must catch, batches, FP16, accuracy, picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from faults import copied, with_attribute, with_constant
+from onnx import helper, numpy_helper
+from PIL import Image
+from support import effdeploy
+from toy import RECIPE, WEIGHTS
+from toy.shapes import write_coco
+
+import deploy
+from deploy.artifacts import read_manifest
+from deploy.backends.base import BuildOptions
+from deploy.backends.onnxruntime import open_model
+from deploy.bundles import reopened, stage_files
+from deploy.console import Console, Mode
+from deploy.graph.io import load_model, save_model
+from deploy.models.rtdetr import drawing as boxing
+from deploy.models.selecting import SelectingModel
+from deploy.parity.batch import check_batches
+from deploy.parity.compare import Candidate
+from deploy.parity.selection import check_selection
+from deploy.parity.validation import SelectingFile
+from deploy.records import Artifact, Batch, Precision, from_json, to_json
+from deploy.resolve import parity_inputs, tolerances
+
+OPTIONS = BuildOptions(threads=1)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("coco") / "shapes", 40)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory, coco):
+    """FP32 for batches 1 to 8, and FP16, both judged on photos of what the detector was trained for."""
+    folder = tmp_path_factory.mktemp("engines")
+    given = ("export", RECIPE, "--weights", WEIGHTS, "--images", coco / "images", "--set", "parity.max_images=6")
+    for name, more in (("fp32", ("--batch", "1:4:8")), ("fp16", ("--fp16",))):
+        result = effdeploy(*given, *more, "--until", "parity", "--out", folder / name)
+        assert result.exit_code == 0, result.stdout + result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject(bundles):
+    """The FP32 bundle's PyTorch reference, its graph and its inputs at batch 4."""
+    run, recipe, loaded = reopened(bundles / "fp32", Console(Mode.SILENT))
+    inputs = parity_inputs(loaded.system, recipe)
+    return loaded, load_model(bundles / "fp32" / stage_files(run)["patched"].name), inputs, tolerances(recipe)
+
+
+def judged(subject, graph):
+    loaded, right, inputs, limits = subject
+    model = SelectingModel(loaded, loaded.system.selection)
+    file = SelectingFile(stage="spoilt", precision=Precision.FP32, load=lambda: graph)
+    (check,) = check_selection(model, right, [file], inputs, lambda p: open_model(p, OPTIONS), limits, random=False)
+    return check
+
+
+def other_axis_first(table):
+    """Swap what stands for the row and for the column, in the halves of the channels."""
+    return np.concatenate(np.split(table, 2, axis=1)[::-1], axis=1)
+
+
+FAULTS = {
+    "border padding": lambda g: with_attribute(g, "GridSample", padding_mode="border"),
+    "aligned corners": lambda g: with_attribute(g, "GridSample", align_corners=1),
+    "no position embedding": lambda g: with_constant(g, "encoder.position", np.zeros_like),
+    "position embedding swapped": lambda g: with_constant(g, "encoder.position", other_axis_first),
+    "epsilon of norms 1e-3": lambda g: with_attribute(g, "LayerNormalization", epsilon=1e-3),
+    "wrong class head": lambda g: with_constant(g, "decoder.score_head.bias", lambda b: np.roll(b, 1)),
+}
+UNSEEN_BY_DECISIONS = {"position embedding swapped", "epsilon of norms 1e-3"}
+
+
+def test_gate_a_holds_for_the_graph_that_is_shipped(subject, bundles):
+    check = judged(subject, subject[1])
+    assert check.ok
+    assert check.largest <= 1e-4
+    assert check.boxes <= 1e-5
+    (recorded,) = read_manifest(bundles / "fp32").parity.selection
+    assert (recorded.gate, recorded.stage, recorded.ok) == ("A", "engine", True)
+    assert not [o.name for o in subject[1].graph.output if o.name not in ("labels", "boxes", "scores")]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_gate_a_catches(subject, fault):
+    """Negative controls; for some of them matched detections, and so average precision, show nothing at all."""
+    check = judged(subject, FAULTS[fault](subject[1]))
+    assert not check.ok
+    assert "logits of the same position" in check.failures[0]
+    assert (check.matched == 1) or fault not in UNSEEN_BY_DECISIONS
+
+
+def test_a_query_that_is_swapped_away_from_the_cut_fails_gate_a(subject):
+    """The selection alone is spoilt: the first query gives way to one that was not selected."""
+    right = subject[1]
+    worse = copied(right)
+    (rank,) = [n for n in worse.graph.node if n.op_type == "TopK" and n.name.startswith("decoder.selection")]
+    negated = helper.make_node("Neg", [rank.input[0]], ["negated"], name="decoder.selection/Neg")
+    place = list(worse.graph.node).index(rank)
+    worse.graph.node.insert(place, negated)
+    worse.graph.node[place + 1].input[0] = "negated"
+    check = judged(subject, worse)
+    assert not check.ok
+    assert any("away from the cut" in failure for failure in check.failures)
+    assert check.margin > 0.1
+    assert check.largest <= 1e-4  # with PyTorch's selection imposed, the rest of the graph is right
+
+
+def test_float16_keeps_the_detections_of_a_trained_detector(bundles):
+    run = read_manifest(bundles / "fp16")
+    checks = {check.stage: check for check in run.parity.selection}
+    assert list(checks) == ["patched", "fp16", "fp16, rounded"]
+    assert checks["patched"].gate == "A"
+    for stage in ("fp16", "fp16, rounded"):
+        check = checks[stage]
+        assert (check.gate, check.ok, check.random, check.matched) == ("B", True, False, 1.0)
+        assert "of the selection shared" in run.verdict
+    assert run.parity.tolerances["fp16"].max_relative is None  # rows that moved are no criterion
+
+
+def leaking(graph, kind):
+    """Let rows read each other: a little of the mean image, or the first row's original size for all."""
+    copy = copied(graph)
+    if kind == "images":
+        axes = numpy_helper.from_array(np.array([0]), "leak.axes")
+        share = numpy_helper.from_array(np.array(0.01, np.float32), "leak.share")
+        nodes = [
+            helper.make_node("ReduceMean", ["images", "leak.axes"], ["leak.mean"], keepdims=1),
+            helper.make_node("Mul", ["leak.mean", "leak.share"], ["leak.part"]),
+            helper.make_node("Add", ["images", "leak.part"], ["leak"]),
+        ]
+        constants, source = [axes, share], "images"
+    else:
+        first = numpy_helper.from_array(np.array([0]), "leak.first")
+        zero = numpy_helper.from_array(np.array(0), "leak.zero")
+        nodes = [
+            helper.make_node("Gather", ["orig_target_sizes", "leak.first"], ["leak.row"], axis=0),
+            helper.make_node("Mul", ["orig_target_sizes", "leak.zero"], ["leak.nothing"]),
+            helper.make_node("Add", ["leak.nothing", "leak.row"], ["leak"]),
+        ]
+        constants, source = [first, zero], "orig_target_sizes"
+    for node in copy.graph.node:
+        node.input[:] = ["leak" if name == source else name for name in node.input]
+    for node in reversed(nodes):
+        copy.graph.node.insert(0, node)
+    copy.graph.initializer.extend(constants)
+    return copy
+
+
+def suite(subject, graph, folder, batch, precision=Precision.FP32):
+    _, _, inputs, limits = subject
+    path = folder / "graph.onnx"
+    save_model(graph, path)
+    candidate = Candidate(stage="graph", precision=precision, open=lambda: open_model(path, OPTIONS))
+    return check_batches([candidate], inputs, batch, limits, task="detection")
+
+
+def test_rows_leave_each_other_alone_at_every_profile_point(subject, bundles, tmp_path):
+    recorded = read_manifest(bundles / "fp32").parity.batches
+    assert recorded.sizes == (1, 4, 7, 8)
+    record = suite(subject, subject[1], tmp_path, Batch(min=1, opt=2, max=8))
+    assert record.sizes == (1, 2, 5, 8)
+    assert record.ok
+    assert recorded.ok
+    for found in (recorded, record):
+        assert {c.check for c in found.checks} == {"alone", "permuted", "duplicated", "neighbour", "repeated"}
+        assert {c.output for c in found.checks} <= {"labels", "boxes", "scores"}
+
+
+@pytest.mark.parametrize("kind", ["images", "sizes"])
+def test_rows_that_read_each_other_are_caught(subject, tmp_path, kind):
+    record = suite(subject, leaking(subject[1], kind), tmp_path, Batch(min=1, opt=2, max=4))
+    assert not record.ok
+    assert "batch check fails" in record.verdict
+    assert {c.check for c in record.checks if not c.ok} & {"alone", "permuted", "neighbour"}
+
+
+def test_eval_scores_both_precisions_alike(bundles, coco):
+    scores = {}
+    for name in ("fp32", "fp16"):
+        result = effdeploy("eval", bundles / name, "--coco", coco, "--max-drop", "0.002", "--json")
+        assert result.exit_code == 0, result.stdout + result.stderr
+        record = from_json(deploy.EvalRecord, json.loads(result.stdout.splitlines()[-1])["record"])
+        assert record.agreement == 1.0
+        assert [run.run for run in record.runs] == [f"onnxruntime, {name}", "PyTorch, fp32"]
+        scores[name] = record.runs[0].scores
+        assert record.runs[1].scores["AP50"] > 0.85
+        assert record.runs[1].scores["AP75"] > 0.7
+    for metric in ("AP50", "AP75"):
+        assert scores["fp16"][metric] == pytest.approx(scores["fp32"][metric], abs=0.002)
+    few = deploy.evaluate(bundles / "fp32", coco=coco, max_images=3)
+    assert few.images == 3
+
+
+def test_eval_fails_where_the_engine_lost_more_than_allowed(bundles, coco, subject, tmp_path):
+    """Negative control: a bundle whose engine samples with aligned corners, and whose manifest says so."""
+    bundle = tmp_path / "wrong"
+    shutil.copytree(bundles / "fp32", bundle)
+    run = read_manifest(bundle)
+    artifact = run.engines[0].artifact
+    save_model(FAULTS["aligned corners"](subject[1]), bundle / artifact.name)
+    data = (bundle / artifact.name).read_bytes()
+    other = Artifact(name=artifact.name, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    text = json.dumps(to_json(run)).replace(artifact.sha256, other.sha256)
+    (bundle / "manifest.json").write_text(text.replace(f'"size": {artifact.size}', f'"size": {other.size}'))
+    result = effdeploy("eval", bundle, "--coco", coco, "--max-drop", "0.05")
+    assert result.exit_code == 21
+    assert "the engine lost AP" in result.stderr
+    assert "--max-drop allows 0.05" in result.stderr
+    assert effdeploy("eval", bundle, "--coco", coco).exit_code == 0  # without a gate it reports
+
+
+def test_eval_refuses_what_cannot_be_scored(bundles, coco, tiny_bundle, tmp_path):
+    assert effdeploy("eval", bundles / "fp32").exit_code == 3
+    result = effdeploy("eval", tiny_bundle, "--coco", coco)
+    assert result.exit_code == 17
+    assert "there are no boxes to score" in result.stderr
+    for change, message in (
+        (lambda path: path.write_text("no image"), "cannot be read as an image"),
+        (lambda path: Image.new("RGB", (30, 20)).save(path), "is 30 x 20 pixels as it is shown, annotated as"),
+    ):
+        folder = tmp_path / message[:6]
+        shutil.copytree(coco, folder)
+        change(folder / "images" / "00002.png")
+        result = effdeploy("eval", bundles / "fp32", "--coco", folder)
+        assert result.exit_code == 18
+        assert message in result.stderr
+
+
+def test_show_draws_the_boxes_of_both_runs(bundles, coco, tmp_path):
+    photo, out = coco / "images" / "00001.png", tmp_path / "shown.png"
+    result = effdeploy("show", bundles / "fp16", photo, "--out", out, "--json")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])["record"]
+    titles = {panel["run"]: panel["title"] for panel in record["panels"]}
+    assert titles == dict.fromkeys(("onnxruntime, fp16", "PyTorch, fp32"), next(iter(titles.values())))
+    assert "above 0.5, all matched" in titles["PyTorch, fp32"]
+    assert all(panel["agreement"] == 1 for panel in record["panels"])
+    with Image.open(out) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert (abs(pixels - np.array(boxing.colour(0))).max(-1) < 12).any() or (
+        abs(pixels - np.array(boxing.colour(1))).max(-1) < 12
+    ).any()
+
+
+def test_a_box_without_partner_is_marked():
+    boxes = np.array([[[8.0, 8, 40, 40], [50, 10, 90, 60]]])
+    found = {"labels": np.array([[0, 1]]), "boxes": boxes, "scores": np.array([[0.9, 0.8]])}
+    moved = {**found, "boxes": boxes + np.array([[[0.0], [30]]])}
+    picture = np.zeros((96, 96, 3), np.uint8)
+    (same,), (apart,) = (boxing.panels({}, picture, found, other) for other in (found, moved))
+    assert same.agreement == 1
+    assert apart.agreement == pytest.approx(0.5)
+    assert "1 without a partner" in apart.title
+    assert not (same.picture == boxing.ALONE).all(-1).any()
+    assert (apart.picture == boxing.ALONE).all(-1).any()
