@@ -37,13 +37,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deploy.errors import RecipeError
-from deploy.models import vit
+from deploy.models import looking, vit
 from deploy.models.base import Form, System, Variant
 from deploy.models.checkpoint import State, WeightMap
 from deploy.models.rtdetr.sampling import BILINEAR, FIXED
 from deploy.records import Target
-
-HEAD_CHANNELS = 16  # the narrowest head that TensorRT has a fused kernel for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,19 +135,21 @@ class Unit(vit.Block):
         centre, size = (rois[..., :2] + rois[..., 2:]) / 2, rois[..., 2:] - rois[..., :2]
         return centre[:, :, None] + offsets * size[:, :, None]
 
-    def look(self, features: Tensor, x: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the unit once; return tokens and RoIs."""
+    def look(self, features: Tensor, x: Tensor, rois: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the unit once; return tokens, RoIs and points."""
         x = self.attend(x)[0]
         rois = self.adjust(x, rois)
-        grid = self.sampling_points(x, rois) * 2 - 1
+        points = self.sampling_points(x, rois)
+        grid = points * 2 - 1
         taken = functional.grid_sample(features, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        return self.feed(x + self.adaptive_mixing(taken.permute(0, 2, 3, 1), x)), rois
+        return self.feed(x + self.adaptive_mixing(taken.permute(0, 2, 3, 1), x)), rois, points
 
 
 class SparseFormer(nn.Module):
     """The classifier as in the checkpoint: ``images`` [N,3,H,W] to ``logits`` [N,classes].
 
-    The layouts keep their releases' names of the initial RoIs and tokens: it is what tells checkpoints apart.
+    With the option ``looks`` also ``looks`` [N,L,T,2 + points,2] of ``deploy.models.looking``. The layouts keep their
+    releases' names of the initial RoIs and tokens: it is what tells checkpoints apart.
     """
 
     def __init__(self, options: Mapping[str, Any], size: tuple[int, int], layout: str) -> None:
@@ -159,6 +159,7 @@ class SparseFormer(nn.Module):
         self.prefix = "token" if layout == "imagenet" else "initial"
         self.repeats, (narrow, wide) = options["repeats"], options["widths"]
         self.sampling, self.pad_heads = options["sampling"], bool(options["pad_heads"])
+        self.looks = bool(options["looks"])
         self.feat_extractor = Stem(options["channels"], constants)
         self.add_module(f"{self.prefix}_roi", nn.Embedding(options["tokens"], 4))
         self.add_module(f"{self.prefix}_embedding", nn.Embedding(options["tokens"], narrow))
@@ -181,22 +182,24 @@ class SparseFormer(nn.Module):
         return cast(Unit, first), transition, cast(Unit, second), cast(list[vit.Block], blocks)
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the last tokens [N,T,width] and the RoIs [N,T,4] of every look."""
+        """Return the last tokens [N,T,width] and every look [N,T,2 + points,2]."""
         first, transition, second, blocks = self.focusing
         image_map = self.feat_extractor(images)
         x, rois = (tensor.expand(images.shape[0], -1, -1) for tensor in self.start())
         seen = []
         for _ in range(self.repeats):
-            x, rois = first.look(image_map, x, rois)
-            seen.append(rois)
-        x, rois = second.look(image_map, transition(x), rois)
+            x, rois, points = first.look(image_map, x, rois)
+            seen.append(looking.one_look(rois, points))
+        x, rois, points = second.look(image_map, transition(x), rois)
         for block in blocks:
             x = block(x)
-        return x, [*seen, rois]
+        return x, [*seen, looking.one_look(rois, points)]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """Classify."""
-        return self.proj(self.norm(self.features(images)[0].mean(1)))
+        x, seen = self.features(images)
+        logits = self.proj(self.norm(x.mean(1)))
+        return (logits, torch.stack(seen, 1)) if self.looks else logits
 
 
 def block_options(options: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -214,7 +217,8 @@ class DeployMixing(nn.Module):
         weights, biases = torch.split(made.weight, [c * c, p * p]), torch.split(made.bias, [c * c, p * p])
         self.channel = vit.linear(_transposed(weights[0], c), _transposed(biases[0], c))
         self.spatial = vit.linear(_transposed(weights[1], p), _transposed(biases[1], p))
-        self.m_beta, self.s_beta = vit.frozen(mixing.m_beta[:, None]), vit.frozen(mixing.s_beta)
+        # With one axis, ONNX Runtime would fuse s_beta into a BiasGelu: slower than Add and Gelu on rows this short.
+        self.m_beta, self.s_beta = vit.frozen(mixing.m_beta[:, None]), vit.frozen(mixing.s_beta[None])
         reordered = mixing.out_proj.weight.reshape(-1, p, c).transpose(1, 2).flatten(1)
         self.out_proj = vit.linear(reordered, mixing.out_proj.bias)
 
@@ -297,6 +301,7 @@ class FirstLook(nn.Module):
     tokens: Tensor
     centre: Tensor
     extent: Tensor
+    grid: Tensor
     channel: Tensor
     spatial: Tensor
 
@@ -307,7 +312,7 @@ class FirstLook(nn.Module):
         tokens = unit.attend(tokens)[0]
         centre, extent, grid, channel, spatial = unit.plan(tokens, centre, extent)
         constants = {"tokens": tokens, "centre": centre, "extent": extent, "channel": channel, "spatial": spatial}
-        for name, value in constants.items():
+        for name, value in {**constants, "grid": grid}.items():
             self.register_parameter(name, vit.frozen(value))
         self.points = grid.shape[2]
         self.sampling = FIXED[form](grid.reshape(1, -1, 1, 2), size)
@@ -339,44 +344,30 @@ class DeploySparseFormer(nn.Module):
         self.norm, self.proj = model.norm, model.proj
         if target is Target.TENSORRT and model.pad_heads:
             for block in (self.focusing, self.cortex, *self.blocks):
-                pad_heads(cast(vit.DeployBlock, block).attn)
+                vit.pad_heads(cast(vit.DeployBlock, block).attn)
+        self.looks = looking.Looks() if model.looks else None
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """Classify."""
         image_map = self.stem(images)
         x = self.focusing.feed(self.first(image_map, self.focusing.mixing))
-        centre, size = self.first.centre, self.first.extent
+        seen = [(self.first.centre, self.first.extent, self.first.grid)]
         for _ in range(self.repeats - 1):
-            x, centre, size = self.look(self.focusing, image_map, x, centre, size)
-        x, _, _ = self.look(self.cortex, image_map, self.transition(x), centre, size)
+            x = self.look(self.focusing, image_map, x, seen)
+        x = self.look(self.cortex, image_map, self.transition(x), seen)
         for block in self.blocks:
             x = block(x)
-        return self.proj(self.norm(x.mean(1)))
+        logits = self.proj(self.norm(x.mean(1)))
+        return logits if self.looks is None else (logits, self.looks(seen))
 
-    def look(
-        self, unit: DeployUnit, image_map: Tensor, x: Tensor, centre: Tensor, size: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run a unit once."""
+    def look(self, unit: DeployUnit, image_map: Tensor, x: Tensor, seen: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """Run a unit once, from the last (centre, size, grid) of ``seen``; append its own."""
         x = unit.attend(x)[0]
-        centre, size, grid, channel, spatial = unit.plan(x, centre, size)
+        centre, size, grid, channel, spatial = unit.plan(x, *seen[-1][:2])
+        seen.append((centre, size, grid))
         points = grid.shape[2]
         taken = self.sampling([image_map], grid.reshape(-1, grid.shape[1] * points, 1, 2), None)
-        return unit.feed(x + unit.mixing(by_token(taken, points), channel, spatial)), centre, size
-
-
-def pad_heads(attention: vit.DeployAttention) -> None:
-    """Pad narrow heads with zero channels, in place: logits and outputs stay as they are."""
-    width, heads = attention.q.out_features, attention.heads
-    missing = HEAD_CHANNELS - width // heads
-    if missing <= 0:
-        return
-    for name in ("q", "k", "v"):
-        layer = cast(nn.Linear, getattr(attention, name))
-        weight = functional.pad(layer.weight.reshape(heads, -1, layer.in_features), (0, 0, 0, missing)).flatten(0, 1)
-        bias = functional.pad(layer.bias.reshape(heads, -1), (0, missing)).flatten()
-        setattr(attention, name, vit.linear(weight, bias))
-    columns = functional.pad(attention.proj.weight.reshape(width, heads, -1), (0, missing)).flatten(1)
-    attention.proj = vit.linear(columns, attention.proj.bias)
+        return unit.feed(x + unit.mixing(by_token(taken, points), channel, spatial))
 
 
 def build(options: Mapping[str, Any], size: tuple[int, int], layout: str) -> nn.Module:
@@ -452,7 +443,7 @@ def random(state: State) -> State:
 def _variant(tokens: int, widths: list[int], depth: int, summary: str, **changes: Any) -> Variant:
     known = {"channels": 96, "points": 36, "repeats": 4, "heads": 64, "mlp_ratio": 4}
     given = {"tokens": tokens, "widths": widths, "depth": depth}
-    own = {"constants": "layout", "sampling": "auto", "pad_heads": True}
+    own = {"constants": "layout", "sampling": "auto", "pad_heads": True, "looks": False}
     return Variant(options={**given, **known, **changes, **own}, summary=summary)
 
 
@@ -480,7 +471,7 @@ SYSTEM = System(
         Target.TENSORRT: Form(
             name="first look constant, channels before points, Gather, heads padded to 16",
             reason="all attentions fuse in FP16: 179 kernels for SM89, 250 without padding, 188 with GridSample, which "
-            "is wrong in some versions (deploy.models.rtdetr.sampling.KNOWN_BAD)",
+            "is wrong in some versions (deploy/data/known_bad.yaml)",
         ),
     },
     recipe={"system": "sparseformer", "variant": "t", "size": 224},
@@ -490,6 +481,8 @@ SYSTEM = System(
         r"^(focusing|cortex)\.": "RoIs, offsets and mixing: their rounding moves where the image is looked at",
         r"^proj/": "head: hardly any work, 19 % of the error",
     },
-    keep_fp32=lambda options: (r"\brois/",),
+    extra_outputs=lambda options: (looking.OUTPUT,) if options["looks"] else (),
+    keep_fp32=lambda options: (r"\brois/", r"\blooks/") if options.get("looks") else (r"\brois/",),
+    drawing=looking.DRAWING,
     random=random,
 )

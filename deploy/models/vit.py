@@ -28,6 +28,7 @@ from deploy.models.checkpoint import State, WeightMap
 
 EPS = 1e-6
 POOLS = ("token", "avg", "weighted")
+HEAD_CHANNELS = 16  # the narrowest head that TensorRT has a fused kernel for
 
 
 class PatchEmbed(nn.Module):
@@ -260,6 +261,21 @@ class DeployAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], x.shape[1], self.heads, -1)
+
+
+def pad_heads(attention: DeployAttention) -> None:
+    """Pad narrow heads with zero channels, in place: logits and outputs stay as they are."""
+    width, heads = attention.q.out_features, attention.heads
+    missing = HEAD_CHANNELS - width // heads
+    if missing <= 0:
+        return
+    for name in ("q", "k", "v"):
+        layer = cast(nn.Linear, getattr(attention, name))
+        weight = functional.pad(layer.weight.reshape(heads, -1, layer.in_features), (0, 0, 0, missing)).flatten(0, 1)
+        bias = functional.pad(layer.bias.reshape(heads, -1), (0, missing)).flatten()
+        setattr(attention, name, linear(weight, bias))
+    columns = functional.pad(attention.proj.weight.reshape(width, heads, -1), (0, missing)).flatten(1)
+    attention.proj = linear(columns, attention.proj.bias)
 
 
 class DeployBlock(nn.Module):
