@@ -100,13 +100,14 @@ def use_deformable_attention(graph: gs.Graph, *, version: str = "1") -> PassResu
 
 
 def _visit(graph: gs.Graph, total: gs.Node, version: str) -> bool:
-    product = producer(total.inputs[0], "Mul")
+    widened = producer(total.inputs[0], "Cast")  # 16-bit graphs sum in float32
+    product = producer((widened or total).inputs[0], "Mul")
     concat = None if product is None else producer(product.inputs[0], "Concat")
     samples = [] if concat is None else [producer(t, "GridSample") for t in concat.inputs]
     if product is None or concat is None or not samples or not all(is_op(sample, "GridSample") for sample in samples):
         return False
     found = [sample for sample in samples if sample is not None]
-    for node in (product, concat, *found):
+    for node in (product, concat, *found, *([] if widened is None else [widened])):
         require_private(graph, node)
     require(reduction_axes(total) == (3,) and not total.attrs.get("keepdims", 1), "it does not sum over the points")
     require(concat.attrs.get("axis") == 3, "the levels are not joined along the points")
@@ -194,6 +195,8 @@ def _replace(graph: gs.Graph, total: gs.Node, site: _Site, version: str) -> None
     mixed = build.node(DEFORMABLE_ATTENTION, inputs, plugin_version=version, plugin_namespace="")
     channels = int((shape_of(site.maps[0]) or (0, 0))[1] or 0)
     last = build.transpose(mixed, [0, 2, 3, 1])
+    if total.outputs[0].dtype is not None and np.dtype(total.outputs[0].dtype) != np.dtype(dtype):
+        last = build.cast(last, np.dtype(total.outputs[0].dtype))
     total.op, total.attrs = "Reshape", {}
     total.inputs = [last, build.constant("rows", np.array([-1, channels, queries], np.int64))]
     position = next(i for i, node in enumerate(graph.nodes) if node is total)
@@ -228,6 +231,12 @@ class _Builder:
     def reshape(self, x: gs.Tensor, shape: Sequence[int]) -> gs.Variable:
         """Add a Reshape."""
         return self.node("Reshape", [x, self.constant("shape", np.array(shape, np.int64))])
+
+    def cast(self, x: gs.Tensor, dtype: np.dtype[np.generic]) -> gs.Variable:
+        """Add a Cast."""
+        output = self.node("Cast", [x], to=onnx.helper.np_dtype_to_tensor_dtype(dtype))
+        output.dtype = dtype
+        return output
 
     def transpose(self, x: gs.Tensor, order: Sequence[int]) -> gs.Variable:
         """Add a Transpose."""

@@ -154,6 +154,8 @@ def test_a_model_that_asks_for_the_plugin_gets_it_in_front_of_the_builder(asking
     half = onnx.load(for_builder(tmp_path / typed, tmp_path, "tensorrt"))
     (plugin,) = [node for node in half.graph.node if node.op_type == MultiscaleDeformableAttnPlugin_TRT.__name__]
     assert [a.s for a in plugin.attribute if a.name == "plugin_version"] == [b"2"]
+    types = {t.name: t.data_type for t in half.graph.initializer}
+    assert {types[name] for name in plugin.input[1:3]} == {onnx.TensorProto.INT32}
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt_rtx"])

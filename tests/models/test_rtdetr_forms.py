@@ -116,7 +116,7 @@ def test_every_variant_has_an_exact_deploy_form(name):
 def test_a_filtered_convolution_keeps_its_nine_numbers_and_float32(tmp_path):
     """The trace itself compares the graph with PyTorch; the file grows by the transforms' constants only."""
     block = convolution(64, 64, "relu", dtype=torch.float32)
-    module = torch.nn.Sequential(winograd.with_winograd(block, always=True))
+    module = torch.nn.Sequential(winograd.with_winograd(block, always=True), torch.nn.Conv2d(64, 4, 1).eval())
     spec = TensorSpec(name="images", dtype="float32", shape=("batch", 64, 8, 12))
     request = TraceRequest(inputs=(spec,), outputs=("y",), batch=Batch.parse("1:2:3"), opset=20)
     traced = onnx_from_torch(module, request, tmp_path)
