@@ -18,7 +18,6 @@ NATIVE = "tensorrt_rtx"
 # Where lint and a runtime disagree on purpose: (case, runtime) -> why. tests/test_lint_runtimes.py keeps it short.
 EXCEPTIONS = {
     ("att16-qk-same", NATIVE): "the builder ends with a segmentation fault; a test of its own shows that",
-    ("data-outside", NATIVE): "it reads any file that the process may read; lint refuses that for its safety",
 }
 
 
