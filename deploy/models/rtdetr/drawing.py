@@ -14,12 +14,13 @@ from deploy.models.drawing import Drawing, Outputs, Panel, Picture
 
 SCORE = 0.5
 OVERLAP = 0.85  # least IoU of boxes that are one; the boxes are those of the network's input, often a small one
+SHOWN = 240  # shorter side of the drawing, at least about
 ALONE = (255, 0, 255)  # of a box without a partner: no class has it
 
 
 def colour(label: int) -> tuple[int, int, int]:
-    """Return the colour of a class: neighbours lie far apart on the circle of hues."""
-    red, green, blue = colorsys.hsv_to_rgb((label * 0.381966) % 0.75, 0.9, 1.0)
+    """Return the colour of a class: neighbours lie far apart on the circle of hues, from red to blue."""
+    red, green, blue = colorsys.hsv_to_rgb(0.75 * (label * 0.618034 % 1), 0.9, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
@@ -35,13 +36,20 @@ def panels(options: Mapping[str, Any], picture: Picture, outputs: Outputs, other
     mine, theirs = _first(outputs), _first(other)
     rows = np.flatnonzero(mine["scores"] >= SCORE)
     matched = _matched(mine, theirs)[rows]
-    canvas = Image.fromarray(picture).convert("RGB")
-    draw = ImageDraw.Draw(canvas)
+    factor = max(1, SHOWN // min(picture.shape[:2]))  # letters need pixels
+    size = picture.shape[1] * factor, picture.shape[0] * factor
+    canvas = Image.fromarray(picture).convert("RGB").resize(size, Image.Resampling.NEAREST)
+    draw, letters = ImageDraw.Draw(canvas), max(10, min(size) // 28)
     for row, known in zip(rows[::-1], matched[::-1], strict=True):  # the best one lies on top
         paint = colour(int(mine["labels"][row])) if known else ALONE
-        box = tuple(float(value) for value in mine["boxes"][row])
-        draw.rectangle(_ordered(box), outline=paint, width=max(1, round(min(picture.shape[:2]) / 200)))
-        draw.text((box[0] + 2, box[1] + 1), f"{int(mine['labels'][row])}: {mine['scores'][row]:.2f}", fill=paint)
+        box = tuple(float(value) * factor for value in mine["boxes"][row])
+        draw.rectangle(_ordered(box), outline=paint, width=max(1, round(min(size) / 160)))
+        draw.text(
+            (box[0] + 2, box[1] + 1),
+            f"{int(mine['labels'][row])}: {mine['scores'][row]:.2f}",
+            fill=paint,
+            font_size=letters,
+        )
     alone = int((~matched).sum())
     told = f"{alone} without a partner" if alone else "all matched"
     title = f"{len(rows)} detections above {SCORE}, {told}"
