@@ -13,7 +13,7 @@ from deploy.backends import BACKENDS
 from deploy.cli import app, completing
 from deploy.models import SYSTEMS
 from deploy.recipe import Recipe
-from deploy.records import Stage
+from deploy.records import Precision, Stage
 
 CODE = (
     "import atexit, sys; sys.argv[0] = 'effdeploy'\n"
@@ -52,8 +52,8 @@ def test_stages_and_variants_in_both_shells(shell):
         ("export riformer --from ", [stage.value for stage in Stage]),
         ("export riformer --backend tensorrt_", ["tensorrt_rtx"]),
         ("export riformer --baseline eager,n", ["eager,naive"]),
-        ("export riformer --set precision=", ["precision=fp32", "precision=fp16", "precision=bf16"]),
-        ("export riformer --fp", ["--fp32", "--fp16"]),
+        ("export riformer --set precision=", [f"precision={precision.value}" for precision in Precision]),
+        ("export riformer --fp", ["--fp32", "--fp16", "--fp8"]),
     ],
 )
 def test_values(typed, offered, tmp_path):
