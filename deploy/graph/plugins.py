@@ -125,12 +125,18 @@ def _visit(graph: gs.Graph, total: gs.Node, version: str) -> bool:
 
 def _split_of(samples: Sequence[gs.Node]) -> gs.Tensor:
     """Return the points of all levels, which one Split hands to the levels in order."""
-    split = producer(samples[0].inputs[1], "Split")
+    grids = [_before_cast(sample.inputs[1]) for sample in samples]  # 16-bit graphs compute them in float32
+    split = producer(grids[0], "Split")
     parts = [] if split is None else list(split.outputs)
-    same = len(parts) == len(samples) and all(s.inputs[1] is part for s, part in zip(samples, parts, strict=True))
+    same = len(parts) == len(grids) and all(grid is part for grid, part in zip(grids, parts, strict=True))
     if split is None or not same:
         raise DeclinedError("its grids are not the parts of one Split")
     return split.inputs[0]
+
+
+def _before_cast(tensor: gs.Tensor) -> gs.Tensor:
+    cast = producer(tensor, "Cast")
+    return tensor if cast is None else cast.inputs[0]
 
 
 def _require_sampling(samples: Sequence[gs.Node]) -> None:
@@ -183,9 +189,10 @@ def _replace(graph: gs.Graph, total: gs.Node, site: _Site, version: str) -> None
         for x, length in zip(site.maps, lengths, strict=True)
     ]
     values = build.transpose(build.node("Concat", parts, axis=3), [0, 3, 1, 2])
-    dtype = site.grid.dtype
-    half = build.constant("half", np.asarray(0.5, dtype))
+    dtype = np.dtype(site.maps[0].dtype)
+    half = build.constant("half", np.asarray(0.5, site.grid.dtype))
     place = build.node("Add", [build.node("Mul", [site.grid, half]), half])
+    place = place if np.dtype(site.grid.dtype) == dtype else build.cast(place, dtype)
     place = build.transpose(build.reshape(place, [-1, heads, queries, levels, points, 2]), [0, 2, 1, 3, 4, 5])
     weights = build.reshape(site.weights, [-1, heads, queries, levels, points])
     weights = build.transpose(weights, [0, 2, 1, 3, 4])
@@ -195,7 +202,7 @@ def _replace(graph: gs.Graph, total: gs.Node, site: _Site, version: str) -> None
     mixed = build.node(DEFORMABLE_ATTENTION, inputs, plugin_version=version, plugin_namespace="")
     channels = int((shape_of(site.maps[0]) or (0, 0))[1] or 0)
     last = build.transpose(mixed, [0, 2, 3, 1])
-    if total.outputs[0].dtype is not None and np.dtype(total.outputs[0].dtype) != np.dtype(dtype):
+    if np.dtype(total.outputs[0].dtype) != dtype:
         last = build.cast(last, np.dtype(total.outputs[0].dtype))
     total.op, total.attrs = "Reshape", {}
     total.inputs = [last, build.constant("rows", np.array([-1, channels, queries], np.int64))]
