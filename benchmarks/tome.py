@@ -1,6 +1,9 @@
 """ToMe's merged graphs against what users have today, and against what a free merge would give, on ONNX Runtime's CPU.
 
-    python benchmarks/tome.py --write
+    python benchmarks/tome.py --models deit_small_patch16_224 --batches 1 --write
+    python benchmarks/tome.py --kernels --write
+
+Each run with ``--write`` replaces its own rows of the result file and keeps the others.
 
 Float32, one thread, interleaved rounds, ratios of CPU time, per model, batch and r:
 
@@ -9,19 +12,22 @@ Float32, one thread, interleaved rounds, ratios of CPU time, per model, batch an
 * against the drop bound: the same schedule on the same road, tokens sliced away without similarity, merge or log-size.
   The distance to it is the overhead of merging, a share of the merged graph's time.
 
-TensorRT-RTX: kernels in the log of FP16 builds for SM89, merged and not (needs the extra ``tensorrt-rtx``): evidence
-for fusion, none for speed.
+``--kernels``: kernels in the logs of TensorRT-RTX builds in FP32 and FP16 for SM80 and SM89, merged and not (needs the
+extra ``tensorrt-rtx``): evidence for fusion, none for speed.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from common import arguments, bare, on_the_road, race, write_results
+from common import RESULTS, arguments, bare, on_the_road, race, write_results
 from torch import Tensor, nn
 
 from deploy.backends import load_backend
@@ -36,6 +42,8 @@ from deploy.resolve import resolve_recipe
 SYSTEM = find_system("tome")
 MODELS = {"deit_small_patch16_224": (1, 8), "vit_base_patch16_224": (1, 8), "vit_large_patch16_224": (1,)}
 RATES = (0, 8, 13, 16)
+SMS = {"sm80": 80, "sm89": 89}
+Row = dict[str, Any]
 
 
 class Drop(nn.Module):
@@ -45,9 +53,11 @@ class Drop(nn.Module):
         super().__init__()
         self.keep = keep
 
-    def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, row: Tensor) -> Any:
-        """Keep tokens [N,T,C] as if they were merged."""
-        return x[:, : self.keep], None, ()
+    def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, image: Tensor) -> Any:
+        """Keep tokens, rows [N*T,C], as if they were merged."""
+        if len(keys) == 1:
+            return x[: self.keep], None, ()
+        return x.reshape(len(keys), -1, x.shape[1])[:, : self.keep].reshape(-1, x.shape[1]), None, ()
 
 
 def load(variant: str, r: int, target: Target) -> Loaded:
@@ -64,7 +74,8 @@ def drop_bound(loaded: Loaded) -> nn.Module:
     return form.eval()
 
 
-def measure(variant: str, batch: int, rates: tuple[int, ...], rounds: int, folder: Path) -> list[dict[str, object]]:
+def measure(variant: str, batch: int, rates: list[int], rounds: int, folder: Path) -> Iterator[Row]:
+    """Yield a row for each r, as soon as it is measured."""
     plain = load(variant, 0, Target.ONNXRUNTIME)
     (spec,) = plain.inputs
     images = example_inputs((spec,), batch)[0].numpy()
@@ -74,7 +85,6 @@ def measure(variant: str, batch: int, rates: tuple[int, ...], rounds: int, folde
         "bare export of timm's model": bare(unmerged.requires_grad_(False), images, folder / "bare"),
         "r = 0": on_the_road(plain.deploy, spec, batch, Target.ONNXRUNTIME, folder / "0"),
     }
-    found = []
     for r in rates:
         loaded = load(variant, r, Target.ONNXRUNTIME) if r else plain
         graphs = {"ours": on_the_road(loaded.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"{r}"), **fixed}
@@ -82,11 +92,10 @@ def measure(variant: str, batch: int, rates: tuple[int, ...], rounds: int, folde
             graphs["drop bound"] = on_the_road(drop_bound(loaded), spec, batch, Target.ONNXRUNTIME, folder / f"d{r}")
         else:
             del graphs["r = 0"]
-        found.append(row(variant, batch, r, plain.record.macs / loaded.record.macs, race(graphs, images, rounds)))
-    return found
+        yield row(variant, batch, r, plain.record.macs / loaded.record.macs, race(graphs, images, rounds))
 
 
-def row(variant: str, batch: int, r: int, macs: float, record: BenchRecord) -> dict[str, object]:
+def row(variant: str, batch: int, r: int, macs: float, record: BenchRecord) -> Row:
     """Print one line and return what is written."""
     ratios = {ratio.baseline: ratio.median for ratio in record.ratios}
     words = [f"{value:.3f}x {name}" for name, value in ratios.items()]
@@ -101,41 +110,74 @@ def row(variant: str, batch: int, r: int, macs: float, record: BenchRecord) -> d
     }  # fmt: skip
 
 
-def kernels(variants: list[str], folder: Path) -> dict[str, object] | str:
-    backend = load_backend("tensorrt_rtx")
-    if reason := backend.available():
-        return f"not built: {reason}"
-    counts: dict[str, object] = {}
+def kernels(variants: list[str], folder: Path) -> Iterator[Row]:
+    """Build each variant unmerged and merged as its recipe says; yield counts of kernels and fused attention."""
+    if reason := load_backend("tensorrt_rtx").available():
+        raise SystemExit(f"not built: {reason}")
     for variant in variants:
-        for r in (0, 8):
-            loaded, place = load(variant, r, Target.TENSORRT), folder / f"rtx-{variant}-{r}"
-            path = on_the_road(loaded.deploy, loaded.inputs[0], 1, Target.TENSORRT, place)
-            keep = SYSTEM.keep_fp32({**SYSTEM.variants[variant].options, "r": r})
-            typed = convert_precision(path, Precision.FP16, place, keep=keep, target=Target.TENSORRT)
-            options = BuildOptions(precision=Precision.FP16, batch=Batch(), inputs=loaded.inputs, sm=(89,))
-            (engine,) = backend.build(place / typed.artifact.name, place, options)
-            counts[f"{variant} r={r}"] = {"kernels": sum(engine.audit.kernels.values()), "fused": engine.audit.fused}
-            print(f"{variant} r {r}: {counts[f'{variant} r={r}']} in FP16 on SM89", flush=True)
-    return counts
+        for precision in (Precision.FP16, Precision.FP32):
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                rows = [built(variant, r, precision, Path(scratch)) for r in (0, merged_by(variant))]
+            layers = rows[1]["merging"]
+            for row in rows:
+                row["added"] = {sm: (row[sm]["kernels"] - rows[0][sm]["kernels"]) / layers for sm in SMS}
+                print(json.dumps(row), flush=True)
+                yield row
+
+
+def merged_by(variant: str) -> int:
+    """Return the variant's own r."""
+    return int(SYSTEM.variants[variant].options["r"])
+
+
+def built(variant: str, r: int, precision: Precision, folder: Path) -> Row:
+    """Build one engine a compute capability."""
+    loaded, place = load(variant, r, Target.TENSORRT), folder / f"{r}"
+    path = on_the_road(loaded.deploy, loaded.inputs[0], 1, Target.TENSORRT, place)
+    if precision is not Precision.FP32:
+        keep = SYSTEM.keep_fp32({**SYSTEM.variants[variant].options, "r": r})
+        path = place / convert_precision(path, precision, place, keep=keep, target=Target.TENSORRT).artifact.name
+    options = BuildOptions(precision=precision, batch=Batch(), inputs=loaded.inputs, sm=tuple(SMS.values()))
+    engines = load_backend("tensorrt_rtx").build(path, place, options)
+    counts = {
+        name: {"kernels": sum(engine.audit.kernels.values()), "fused": engine.audit.fused.get("attention", 0)}
+        for name, engine in zip(SMS, engines, strict=True)
+    }
+    merging = sum(not isinstance(m, nn.Identity) for m in loaded.deploy.merges)
+    blocks = len(loaded.deploy.blocks)
+    return {"model": variant, "precision": precision.value, "r": r, "blocks": blocks, "merging": merging, **counts}
+
+
+def keep(name: str, found: Row) -> None:
+    """Write a row to the result file, in place of an earlier one of the same case."""
+    path, case = RESULTS / "tome.json", ("model", "batch", "precision", "r")
+    data = json.loads(path.read_text()) if path.exists() else {"cpu": [], "kernels": []}
+    others = [row for row in data[name] if any(row.get(key) != found.get(key) for key in case)]
+    tables = {"cpu": data["cpu"], "kernels": data["kernels"], name: [*others, found]}
+    write_results("tome", {"command": "python benchmarks/tome.py", **tables})
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="fewer models")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(SYSTEM.variants), help="of these")
     parser.add_argument("--rates", nargs="+", type=int, default=list(RATES), help="tokens merged in each block")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="fewer batch sizes")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of these batch sizes")
+    parser.add_argument("--kernels", action="store_true", help="count kernels instead of timing")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measured = []
-    for variant in options.models:
-        for batch in (b for b in MODELS[variant] if b in options.batches):
-            with tempfile.TemporaryDirectory() as scratch:
-                measured += measure(variant, batch, tuple(options.rates), options.rounds, Path(scratch))
     with tempfile.TemporaryDirectory() as scratch:
-        counted = kernels(options.models[:1], Path(scratch))
-    if options.write:
-        command = f"python benchmarks/tome.py --rounds {options.rounds} --write"
-        write_results("tome", {"command": command, "cpu": measured, "kernels": counted})
+        if options.kernels:
+            cases = [kernels(options.models, Path(scratch))]
+        else:
+            cases = [
+                measure(variant, batch, options.rates, options.rounds, Path(scratch) / f"{variant}-{batch}")
+                for variant in options.models
+                for batch in MODELS[variant]
+                if batch in options.batches
+            ]
+        for found in itertools.chain(*cases):
+            if options.write:
+                keep("kernels" if options.kernels else "cpu", found)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from deploy.artifacts import artifacts_of, open_artifact, read_manifest
 from deploy.backends import load_backend
 from deploy.bench import BenchCandidate, measure
 from deploy.candidates import (
+    Plain,
     batch_candidates,
     bench_candidates,
     parity_candidates,
+    plain_of,
     prove_decisions,
     prove_selection,
 )
@@ -68,7 +70,8 @@ def verify_bundle(
         candidates = parity_candidates(loaded, recipe, bundle, stage_files(run), run.engines)
         inputs = parity_inputs(loaded.system, recipe)
         parity = check_parity(loaded.run, candidates, inputs, tolerances(recipe), task=loaded.system.task)
-        if decisions := prove_decisions(loaded, recipe, bundle, stage_files(run), inputs):
+        failed = {comparison.stage for comparison in parity.comparisons if not comparison.passed}
+        if decisions := prove_decisions(loaded, recipe, bundle, stage_files(run), inputs, failed):
             parity = with_decisions(parity, decisions)
         limits = tolerances(recipe)
         if found := prove_selection(loaded, recipe, bundle, stage_files(run), run.engines, inputs, limits):
@@ -99,6 +102,7 @@ def bench_bundles(
     """
     found: list[BenchCandidate] = []
     recipes: list[Recipe] = []
+    plain: Plain | None = None
     names = _names(bundles)
     with contextlib.ExitStack() as stack, console.step("latency") as step:
         for index, bundle in enumerate(bundles):
@@ -112,10 +116,13 @@ def bench_bundles(
             recipe = _recipe_of(run, options)
             loaded = _reload(run, recipe, console) if recipe.bench.baselines else None
             feeds = sample_feeds(parity_inputs(find_system(recipe.system), recipe), recipe.batch.opt)
-            opened, _ = stack.enter_context(bench_candidates(recipe, bundle, run.engines, feeds, loaded))
+            beside = plain_of(recipe) if index == 0 and recipe.engine.backend == "onnxruntime" else None
+            plain = plain or beside
+            opened, _ = stack.enter_context(bench_candidates(recipe, bundle, run.engines, feeds, loaded, beside))
             found += [_renamed(candidate, names[index], len(bundles)) for candidate in opened]
             recipes.append(recipe)
         record = measure(found, bench_options(recipes[0]))
+        record = plain.judged(record) if plain else record
         rounds = record.ratios[0].rounds if record.ratios else 0
         step.note(f"{len(found)} timed" + (f" against each other in {rounds} rounds" if rounds else ""))
     console.table("latency", LATENCY_COLUMNS, _latency_rows(record))

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import cast
 
 import torch
+from onnx import ModelProto
 from torch import nn
 
 from deploy.artifacts import cache_folder, open_artifact
@@ -28,7 +29,8 @@ from deploy.bench import BenchCandidate, peak_memory_of
 from deploy.errors import BenchmarkError
 from deploy.graph.io import load_model, save_model
 from deploy.models import find_system
-from deploy.models.base import Loaded, graph_inputs, run_module, specialised
+from deploy.models.base import Loaded, count_macs, graph_inputs, resolve_options, run_module, specialised
+from deploy.models.base import load_model as load_network
 from deploy.models.decisions import DecidingModel
 from deploy.models.selecting import SelectingModel
 from deploy.parity.compare import Candidate
@@ -40,6 +42,7 @@ from deploy.precision.emulate import emulated
 from deploy.recipe import Recipe
 from deploy.records import (
     Artifact,
+    BenchRecord,
     EngineRecord,
     ParityRecord,
     Precision,
@@ -155,27 +158,39 @@ def batch_candidates(candidates: Sequence[Candidate], *, every: bool) -> list[Ca
 
 
 def prove_decisions(
-    loaded: Loaded, recipe: Recipe, folder: Path, stages: Mapping[str, Artifact], inputs: InputPack
+    loaded: Loaded,
+    recipe: Recipe,
+    folder: Path,
+    stages: Mapping[str, Artifact],
+    inputs: InputPack,
+    failed: Collection[str] = (),
 ) -> ParityRecord | None:
-    """Compare the last stage file with PyTorch's decisions imposed; ``None`` where the network decides nothing.
+    """Compare stage files with PyTorch's decisions imposed: the last one, and those that ``failed`` when run freely.
 
     A typed file is checked as ONNX Runtime runs it and with every low tensor rounded, as in ``parity_candidates``.
+
+    Returns:
+        ``None`` where the network decides nothing.
     """
     model = DecidingModel(loaded, loaded.system.decisions) if loaded.system.decisions else None
     if model is None or not model.modules:
         return None
-    stage, artifact = list(stages.items())[-1]
-    precision = Precision(stage) if stage in set(Precision) else Precision.FP32
-    path = open_artifact(artifact, folder)
-    files = []
-    if precision is not Precision.BF16:
-        files.append(DecidingFile(stage=stage, precision=precision, load=lambda: load_model(path)))
-    if _has_16_bits(precision, loaded):
-        rounded = DecidingFile(stage=f"{stage}, rounded", precision=precision, load=lambda: emulated(load_model(path)))
-        files.append(rounded)
+    files, last = list[DecidingFile](), list(stages)[-1]
+    for stage in (name for name in stages if name == last or name in failed):
+        precision = Precision(stage) if stage in set(Precision) else Precision.FP32
+        load = partial(load_model, open_artifact(stages[stage], folder))
+        if precision is not Precision.BF16:
+            files.append(DecidingFile(stage=stage, precision=precision, load=load))
+        if _has_16_bits(precision, loaded):
+            low = partial(_rounded, load)
+            files.append(DecidingFile(stage=f"{stage}, rounded", precision=precision, load=low))
     traced = load_model(open_artifact(next(iter(stages.values())), folder))
     on_cpu = _for_judging(build_options(recipe), loaded)
     return check_decisions(model, traced, files, inputs, lambda p: open_model(p, on_cpu), loaded.system.task)
+
+
+def _rounded(load: Callable[[], ModelProto]) -> ModelProto:
+    return emulated(load())
 
 
 def prove_selection(
@@ -234,6 +249,40 @@ def _for_judging(options: BuildOptions, loaded: Loaded) -> BuildOptions:
     return dataclasses.replace(options, device="cpu", integer_kernels=loaded.target is not Target.TENSORRT)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plain:
+    """A network whose layers take nothing away ("unmerged"), beside one whose layers do; its weights are random."""
+
+    name: str
+    taking: str
+    note: str
+    loaded: Loaded
+
+    def judged(self, record: BenchRecord) -> BenchRecord:
+        """Add a warning where taking elements away gains nothing."""
+        told = [
+            f"{self.taking} gains nothing at batch {r.batch}: {r.median:.2f}x ({r.p10:.2f} to {r.p90:.2f}) the speed "
+            f"of the {self.name} network"
+            for r in record.ratios
+            if r.baseline == self.name and r.p10 <= 1
+        ]
+        return dataclasses.replace(record, warnings=(*record.warnings, *told))
+
+
+def plain_of(recipe: Recipe) -> Plain | None:
+    """Return what a recipe's network is without its schedule; ``None`` where it has none, or one that takes nothing."""
+    system = specialised(find_system(recipe.system), recipe)
+    tuning, options = system.tuning, resolve_options(system, recipe)
+    if tuning is None or not any(schedule := tuning.schedule(options, recipe.size)):
+        return None
+    nothing = {**recipe.options, tuning.option: [0] * len(schedule)}
+    unscheduled = recipe.model_copy(update={"options": nothing, "weights": "random"})
+    loaded = load_network(system, unscheduled, Target.ONNXRUNTIME)
+    ratio = loaded.record.macs / count_macs(system, options, recipe.size)
+    note = f"{tuning.plain}: bare torch.onnx.export, float32; {ratio:.2f}x the multiply-adds"
+    return Plain(name=tuning.plain, taking=tuning.taking, note=note, loaded=loaded)
+
+
 def engine_name(engine: EngineRecord, engines: Sequence[EngineRecord]) -> str:
     """Name an engine in tables: "engine", or "engine sm89" among several."""
     return ENGINE if len(engines) == 1 else f"{ENGINE} {engine.device}"
@@ -249,9 +298,16 @@ def _emulated(path: Path, options: BuildOptions) -> Runner:
 
 @contextlib.contextmanager
 def bench_candidates(
-    recipe: Recipe, folder: Path, engines: Sequence[EngineRecord], feeds: Feeds, loaded: Loaded | None = None
+    recipe: Recipe,
+    folder: Path,
+    engines: Sequence[EngineRecord],
+    feeds: Feeds,
+    loaded: Loaded | None = None,
+    plain: Plain | None = None,
 ) -> Iterator[tuple[list[BenchCandidate], Mapping[str, float]]]:
     """Open the engines, and the recipe's baselines of ``loaded``, for timing; everything is closed at the end.
+
+    ``plain``, where ONNX Runtime runs the engine too, is one more baseline: its bare export.
 
     Yields:
         Candidates, engines first, and the first engine's profile (node name to microseconds).
@@ -273,6 +329,9 @@ def bench_candidates(
             make = partial(BASELINES[name], cast(Loaded, loaded), options, feeds)
             once = _open_for_timing(stack, make, feeds)
             found.append(_bench_candidate(name, once, feeds, options, note=_NOTES[name]))
+        if plain and recipe.engine.backend == "onnxruntime":
+            once = _open_for_timing(stack, partial(_naive, plain.loaded, options, feeds), feeds)
+            found.append(_bench_candidate(plain.name, once, feeds, options, note=plain.note))
         profile = getattr(opened[0].runner, "profile", None)
         yield found, profile(feeds) if profile else {}
 

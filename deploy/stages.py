@@ -21,6 +21,7 @@ from deploy.candidates import (
     bench_candidates,
     build_options,
     parity_candidates,
+    plain_of,
     prove_decisions,
     prove_selection,
 )
@@ -178,7 +179,8 @@ class Work:
         candidates = parity_candidates(self.loaded, self.recipe, self.folder, files, engines)
         limits, task = tolerances(self.recipe), self.system.task
         parity = check_parity(self.loaded.run, candidates, self.inputs, limits, task=task)
-        if decisions := prove_decisions(self.loaded, self.recipe, self.folder, files, self.inputs):
+        failed = {comparison.stage for comparison in parity.comparisons if not comparison.passed}
+        if decisions := prove_decisions(self.loaded, self.recipe, self.folder, files, self.inputs, failed):
             parity = with_decisions(parity, decisions)
         if found := prove_selection(self.loaded, self.recipe, self.folder, files, engines, self.inputs, limits):
             parity = with_selection(parity, found)
@@ -196,9 +198,11 @@ class Work:
             return None
         feeds = self.sample(self.recipe.batch.opt)
         loaded = self.loaded if self.recipe.bench.baselines else None
-        with bench_candidates(self.recipe, self.folder, engines, feeds, loaded) as found:
+        plain = plain_of(self.recipe) if self.backend.name == "onnxruntime" else None
+        with bench_candidates(self.recipe, self.folder, engines, feeds, loaded, plain) as found:
             candidates, profile = found
-            return measure(candidates, bench_options(self.recipe), profile=profile)
+            record = measure(candidates, bench_options(self.recipe), profile=profile)
+        return plain.judged(record) if plain else record
 
     def sample(self, count: int = 0) -> Feeds:
         """Return feeds of natural-looking images: ``count`` of them, or a few in multiples of the smallest batch."""

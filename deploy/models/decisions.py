@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Outputs = tuple[Tensor, ...]
+Followed = tuple[Any, list[Outputs], list[Outputs]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,12 +39,28 @@ class Decisions:
             inputs, preferred them; 0 where nothing flipped, infinite where ``got`` is no possible choice.
         shares: ``(modules, expected, got) -> one [N] a module``: the share of elements that ended in the same place
             when every module's choices are taken together up to it.
+        follow: ``(training form, modules, chosen, inputs) -> (outputs, given, own)``: runs the training form with
+            these choices in place of its own (``None``: with its own), and returns beside its outputs for each module
+            what the training form chooses from, as that module's inputs, and what it chooses itself, in a form that
+            ``flips`` and ``shares`` take.
     """
 
     what: str
     modules: str
     flips: Callable[[nn.Module, Outputs, Outputs, Outputs], tuple[Tensor, Tensor]]
     shares: Callable[[Sequence[nn.Module], Sequence[Outputs], Sequence[Outputs]], Sequence[Tensor]]
+    follow: Callable[[nn.Module, Sequence[nn.Module], Sequence[Outputs] | None, Outputs], Followed]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """The deploy form's choices of one run, by module: other than the training form's, by which margin, and the share
+    of elements that end in the same place when both run freely; [N] each.
+    """
+
+    flips: Mapping[str, NDArray[np.int64]]
+    margins: Mapping[str, NDArray[np.float64]]
+    shares: Mapping[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +100,24 @@ class DecidingModel:
                 hook.remove()
         judged = {name: found[name] for name in self._loaded.system.outputs}
         return Decided(outputs=judged, inputs=inputs, chosen=chosen)
+
+    def follow(self, feeds: Arrays, decided: Decided) -> tuple[Arrays, Judged]:
+        """Run the training form with the deploy form's choices; also judge these by the training form's own scores."""
+        images = tuple(torch.from_numpy(np.array(array)) for array in feeds.values())
+        modules, chosen = list(self.modules.values()), [decided.chosen[name] for name in self.modules]
+        decisions, reference = self._decisions, self._loaded.reference
+        with torch.inference_mode():
+            outputs, given, own = decisions.follow(reference, modules, chosen, images)
+            found = [decisions.flips(*each) for each in zip(modules, given, own, chosen, strict=True)]
+            free = decisions.follow(reference, modules, None, images)[2]
+            shares = decisions.shares(modules, free, chosen)
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        judged = Judged(
+            flips={name: count.numpy() for name, (count, _) in zip(self.modules, found, strict=True)},
+            margins={name: margin.numpy() for name, (_, margin) in zip(self.modules, found, strict=True)},
+            shares={name: share.numpy() for name, share in zip(self.modules, shares, strict=True)},
+        )
+        return {n: t.numpy() for n, t in zip(self._loaded.system.outputs, tensors, strict=False)}, judged
 
     def flips(
         self, name: str, decided: Decided, got: Sequence[NDArray[np.generic] | None]

@@ -24,18 +24,20 @@ def places_of(plan: Any, got: Outputs) -> Tensor:
     """Return where each token goes by a plan's outputs, int64 [N,T]; -1 where it goes nowhere.
 
     Reads both forms: rows of the flattened batch that stay, those that are merged and their receivers; or the matrix of
-    weights.
+    weights; and places themselves.
     """
     sides = plan.sides
+    if len(got) == 1:
+        return got[0]
     if got[0].ndim == 3:
         taken = got[0] > 0
         return torch.where(taken.any(1), taken.float().argmax(1), -1)
-    start = torch.arange(got[0].shape[0])[:, None] * sides.tokens
-    stay, merged, receiver = got[0].long() - start, got[1].long() - start, got[2].long()
-    count = stay.shape[1]
+    r, count = plan.r, sides.tokens - plan.r
+    stay, merged, receiver = (part.long().reshape(-1, n) for part, n in zip(got, (count, r, r), strict=True))
+    start = torch.arange(stay.shape[0])[:, None] * sides.tokens
     places = torch.full((stay.shape[0], sides.tokens + 1), -1)
-    places.scatter_(1, _within(stay, sides.tokens), torch.arange(count).expand_as(stay))
-    places.scatter_(1, _within(merged, sides.tokens), count - sides.receivers + receiver)
+    places.scatter_(1, _within(stay - start, sides.tokens), torch.arange(count).expand_as(stay))
+    places.scatter_(1, _within(merged - start, sides.tokens), count - sides.receivers + receiver)
     return places[:, : sides.tokens]
 
 
@@ -48,7 +50,7 @@ def flips(plan: nn.Module, inputs: Outputs, expected: Outputs, got: Outputs) -> 
     """Count proposals that are decided otherwise, and how much the plan's own scores preferred its decision."""
     known = cast(Any, plan)
     sides, r = known.sides, known.r
-    metric = inputs[0].mean(2)
+    metric = inputs[0].mean(known.heads)
     metric = metric / metric.norm(dim=-1, keepdim=True)
     scores = metric[:, sides.a :: 2] @ metric[:, sides.b :: 2].transpose(1, 2)
     best = scores.amax(-1)
@@ -103,6 +105,28 @@ def shares(plans: Sequence[nn.Module], expected: Sequence[Outputs], got: Sequenc
     return found
 
 
+def follow(
+    model: nn.Module, plans: Sequence[nn.Module], chosen: Sequence[Outputs] | None, images: Outputs
+) -> tuple[Any, list[Outputs], list[Outputs]]:
+    """Run the training form with the merges of a deploy form's plans, and keep what it would have merged itself."""
+    given: list[Outputs] = []
+    own: list[Outputs] = []
+
+    def choose(keys: Tensor, r: int, sides: Any) -> Tensor:
+        mine = cast(Any, model).choose(keys, r, sides)
+        index = len(own)
+        if index == len(plans):  # a last block that only the class token leaves, so that its graph merges nothing there
+            return cast(Tensor, mine)
+        given.append((keys if cast(Any, plans[index]).heads == 1 else keys.transpose(1, 2),))
+        own.append((mine,))
+        taken = mine if chosen is None else places_of(plans[index], chosen[index])
+        return cast(Tensor, taken.clamp(0, sides.tokens - r - 1))
+
+    following = copy.copy(model)
+    following.__dict__["choose"] = choose
+    return following(*images), given, own
+
+
 def first_members(groups: Tensor) -> Tensor:
     """Name each group after its first token: int64 [N,T] of any numbers below T to int64 [N,T]."""
     tokens = torch.arange(groups.shape[1]).expand_as(groups)
@@ -110,7 +134,7 @@ def first_members(groups: Tensor) -> Tensor:
     return first.gather(1, groups)
 
 
-DECISIONS = Decisions(what="merges", modules=r"merges\.\d+\.plan", flips=flips, shares=shares)
+DECISIONS = Decisions(what="merges", modules=r"merges\.\d+\.plan", flips=flips, shares=shares, follow=follow)
 
 MOST_PANELS, PIXELS = 4, 24  # a panel has at least so many pixels a patch
 
@@ -197,7 +221,8 @@ def tuning(schedule_of: Callable[[Mapping[str, Any], tuple[int, int]], tuple[int
 
     return Tuning(
         what="tokens merged by each block", option="schedule", start=start, most=most_merged, seeds=seeds,
-        layer=r"(?:blocks|merges)\.(\d+)\b", reschedule=rescheduled,
+        layer=r"(?:blocks|merges)\.(\d+)\b", reschedule=rescheduled, plain="unmerged", taking="merging",
+        schedule=schedule_of,
     )  # fmt: skip
 
 

@@ -20,16 +20,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from deploy.errors import RecipeError
 from deploy.models import vit
 from deploy.models.base import Flag, Form, System, Variant
+from deploy.models.merge_forms import MatrixMerge, RowMerge, Sides
 from deploy.models.merging import DECISIONS, DRAWING, tuning
 from deploy.records import Target
 
@@ -114,38 +113,6 @@ def _aligned(tokens: int, total: int, depth: int, protected: int) -> tuple[int, 
     return tuple(before - after for before, after in itertools.pairwise(counts))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sides:
-    """Where the two sets lie among ``tokens`` tokens: places ``a``, ``a``+2, ... propose, ``b``, ``b``+2, ... receive.
-
-    The first ``protected`` places belong to neither. ``sort``: kept tokens stay in their order.
-    """
-
-    tokens: int
-    protected: int
-    sort: bool
-
-    @property
-    def a(self) -> int:
-        """First place of A: behind the class token."""
-        return 2 if self.protected else 0
-
-    @property
-    def b(self) -> int:
-        """First place of B: behind the distillation token."""
-        return 3 if self.protected == 2 else 1
-
-    @property
-    def proposers(self) -> int:
-        """How many tokens A has."""
-        return len(range(self.a, self.tokens, 2))
-
-    @property
-    def receivers(self) -> int:
-        """How many tokens B has."""
-        return len(range(self.b, self.tokens, 2))
-
-
 def new_places(metric: Tensor, r: int, sides: Sides) -> Tensor:
     """Return where each token goes, int64 [N,T]: the decision of one merge, as in the paper.
 
@@ -197,6 +164,10 @@ class ToMe(vit.VisionTransformer):
             left -= r
         return found
 
+    def choose(self, keys: Tensor, r: int, sides: Sides) -> Tensor:
+        """Return where each token goes, int64 [N,T], by the keys [N,heads,T,d] of a block."""
+        return new_places(keys.mean(1), r, sides)
+
     def forward(self, images: Tensor) -> Any:
         """Classify."""
         x = self.embed(images)
@@ -207,169 +178,13 @@ class ToMe(vit.VisionTransformer):
             bias = size.log().transpose(1, 2)[:, None] if started and self.prop_attn else None
             x, keys = block.attend(x, bias)
             if r:
-                places = new_places(keys.mean(1), r, sides)
+                places = self.choose(keys, r, sides)
                 x, size = merge(x, size, places, sides.tokens - r)
                 group, started = places.gather(1, group), True
             x = block.feed(x)
             groups.append(group)
         logits = self.classify(x, size)
         return (logits, torch.stack(groups, 1)) if self.groups else logits
-
-
-Plan = tuple[Tensor, ...]
-
-
-class FewRowPlan(nn.Module):
-    """Decides with two sorts, so that ties can neither lose nor double a token.
-
-    The class token proposes too, but worse than any cosine, so that it always stays first.
-    """
-
-    def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.sides, self.r = sides, r
-        self.kept = len(range(0, sides.tokens, 2)) - r
-        handicap = torch.zeros(self.kept + r, dtype=dtype)
-        handicap[: sides.a // 2] = -4
-        self.handicap = nn.Buffer(handicap, persistent=False)
-        self.fixed = nn.Buffer(torch.arange(sides.b, sides.tokens, 2)[None], persistent=False)
-
-    def forward(self, keys: Tensor, row: Tensor) -> Plan:
-        """Read keys [N,T,heads,d]; return which rows stay, in their new order, which are merged away, and receivers.
-
-        Rows are those of the flattened batch, int64 [N,T-r] and [N,r]; receivers count from the first of B, [N,r].
-        """
-        metric = keys.mean(2)
-        metric = metric / metric.norm(dim=-1, keepdim=True)
-        scores = metric[:, ::2] @ metric[:, self.sides.b :: 2].transpose(1, 2)
-        best, receiver = scores.max(2)
-        if self.sides.protected:
-            best = best + self.handicap
-        merged, kept = best.topk(self.kept + self.r).indices.split((self.r, self.kept), 1)
-        if self.sides.sort:
-            kept = kept.topk(self.kept, largest=False).values
-        if self.sides.protected == 2:  # the distillation token comes second
-            kept = functional.pad(kept[:, 1:] * 2, (1, 0), value=1)
-            kept = functional.pad(kept, (1, 0))
-        else:
-            kept = kept * 2
-        if keys.shape[0] == 1:
-            return torch.cat((kept, self.fixed), 1), merged * 2, receiver.gather(1, merged)
-        start = row * self.sides.tokens
-        return torch.cat((kept + start, self.fixed + start), 1), merged * 2 + start, receiver.gather(1, merged)
-
-
-class FewRowMerge(nn.Module):
-    """Merging for ONNX Runtime: rows that stay are gathered, and only the r others go through a one-hot product."""
-
-    def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.sides, self.plan, self.count = sides, FewRowPlan(sides, r, dtype), sides.tokens - r
-        places = torch.arange(self.count) - (self.count - sides.receivers)
-        self.receivers = nn.Buffer(places[None, :, None], persistent=False)
-
-    def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Plan]:
-        """Merge.
-
-        Args:
-            x: Tokens [N,T,C].
-            size: [N,T,1], or ``None`` for ones.
-            keys: [N,T,heads,d].
-            row: int64 [N,1]: 0 to N-1.
-
-        Returns:
-            Tokens [N,T-r,C], their sizes [N,T-r,1], and the plan.
-        """
-        plan = stay, merged, receiver = self.plan(keys, row)
-        hot = (receiver[:, None] == self.receivers).to(x.dtype)
-        gone = rows(x, merged)
-        if size is None:
-            total = hot.sum(2, keepdim=True) + 1
-            share = 1 / total
-        else:
-            weight = rows(size, merged)
-            own, gone = rows(size, stay), gone * weight
-            total = own + hot @ weight
-            share = own / total
-        return rows(x, stay) * share + (hot / total) @ gone, total, plan
-
-    def places(self, plan: Plan) -> Tensor:
-        """Return where each token goes by a plan, int64 [N,T]."""
-        stay, merged, receiver = plan
-        order = torch.cat((stay, merged), 1).topk(self.sides.tokens, largest=False).indices
-        targets = torch.arange(self.count, device=stay.device).expand(stay.shape[0], -1)
-        return torch.cat((targets, self.count - self.sides.receivers + receiver), 1).gather(1, order)
-
-
-def rows(x: Tensor, places: Tensor) -> Tensor:
-    """Gather rows [N,K,C] of the flattened batch of [N,T,C]."""
-    return functional.embedding(places, x.flatten(0, 1))
-
-
-class MatrixPlan(nn.Module):
-    """Decides by counting, without TopK, slices or scatters: who is no proposer or receiver is masked by constants.
-
-    A token's rank is the number of better proposals, equal ones counted when they come earlier; its place is the number
-    of tokens that stay before it. All of it is element-wise arithmetic and reductions, which TensorRT fuses.
-    """
-
-    def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.r, self.sides, self.sort = r, sides, sides.sort
-        tokens, kept = sides.tokens, sides.proposers - r
-        proposes, receives = torch.zeros(tokens, dtype=dtype), torch.zeros(tokens, dtype=dtype)
-        proposes[sides.a :: 2], receives[sides.b :: 2] = 1, 1
-        earlier = torch.ones(tokens, tokens, dtype=dtype).tril(-1)
-        before = sides.protected + kept
-        place = torch.arange(tokens, dtype=dtype)
-        place[sides.a :: 2] = sides.protected + torch.arange(sides.proposers, dtype=dtype)
-        place[sides.b :: 2] = before + torch.arange(sides.receivers, dtype=dtype)
-        self.mask = self._constant(4 * (proposes[:, None] * receives - 1))  # a cosine is at least -1
-        self.place, self.proposes = self._constant(place), self._constant(proposes)
-        self.earlier = self._constant(earlier > 0)
-        self.staying = self._constant(earlier * proposes[:, None] * proposes)
-        self.rows = self._constant(torch.arange(tokens - r, dtype=dtype)[:, None])
-
-    @staticmethod
-    def _constant(value: Tensor) -> nn.Buffer:
-        return nn.Buffer(value, persistent=False)
-
-    def forward(self, keys: Tensor, size: Tensor | None) -> Plan:
-        """Read keys [N,T,heads,d] and sizes [N,T,1]; return weights [N,T-r,T], new sizes [N,T-r,1], places [N,T]."""
-        metric = keys.mean(2)
-        metric = metric / metric.norm(dim=-1, keepdim=True)
-        scores = metric @ metric.transpose(1, 2) + self.mask
-        best = scores.amax(2)
-        receiver = torch.where(scores == best[:, :, None], self.place, float(self.mask.shape[0])).amin(2)
-        mine, other = best[:, :, None], best[:, None]
-        ranks = ((other > mine) | ((other == mine) & self.earlier)).to(keys.dtype).sum(2)
-        merged = ranks < self.r
-        if self.sort:
-            own = self.place - (self.staying * merged.to(keys.dtype)[:, None]).sum(2)
-        else:
-            own = torch.where(self.proposes > 0, ranks - self.r, self.place)
-        places = torch.where(merged, receiver, own)
-        weights = (places[:, None] == self.rows).to(keys.dtype)
-        weights = weights if size is None else weights * size.transpose(1, 2)
-        sizes = weights.sum(2, keepdim=True)
-        return weights / sizes, sizes, places
-
-
-class MatrixMerge(nn.Module):
-    """Merging for TensorRT: one product with a matrix of weights."""
-
-    def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.plan = MatrixPlan(sides, r, dtype)
-
-    def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Plan]:
-        """Merge, as ``FewRowMerge``."""
-        plan = self.plan(keys, size)
-        return plan[0] @ x, plan[1], plan
-
-    def places(self, plan: Plan) -> Tensor:
-        """Return where each token goes by a plan, int64 [N,T]."""
-        return plan[2].long()
 
 
 class DeployToMe(nn.Module):
@@ -380,14 +195,16 @@ class DeployToMe(nn.Module):
         blocks = cast(list[vit.Block], list(model.blocks))
         self.embed, self.head = vit.DeployEmbed(model), vit.DeployHead(model)
         self.prop_attn, self.groups = model.prop_attn, model.groups
+        self.rows = target is Target.ONNXRUNTIME
         schedule, sides = list(model.schedule), model.sides()
         # The head of a class token reads one row: on a CPU the last block computes only that one, and merges nothing.
         # TensorRT's fused attention is one kernel either way.
-        queries = self.head.reads if target is Target.ONNXRUNTIME and not model.groups else 0
+        queries = self.head.reads if self.rows and not model.groups else 0
         if queries:
             schedule[-1] = 0
-        self.blocks = nn.ModuleList(vit.DeployBlock(block) for block in blocks[:-1])
-        self.blocks.append(vit.DeployBlock(blocks[-1], queries))
+        kind = vit.RowBlock if self.rows else vit.DeployBlock
+        self.blocks = nn.ModuleList(kind(block) for block in blocks[:-1])
+        self.blocks.append(kind(blocks[-1], queries))
         self.merges = nn.ModuleList(
             MERGES[target](side, r, model.pos_embed.dtype) if r else nn.Identity()
             for side, r in zip(sides, schedule, strict=True)
@@ -396,25 +213,34 @@ class DeployToMe(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """Classify."""
         x = self.embed(images)
-        row = torch.arange(images.shape[0], device=images.device)[:, None]
-        size: Tensor | None = None
-        group = torch.arange(x.shape[1], device=x.device).expand(images.shape[0], -1)
-        groups = []
-        for block, merging in zip(cast(list[vit.DeployBlock], list(self.blocks)), self.merges, strict=True):
-            bias = size.log().transpose(1, 2)[:, None] if size is not None and self.prop_attn else None
-            x, keys = block.attend(x, bias)
+        batch = x.shape[0]
+        image = torch.arange(batch, device=x.device)[:, None]
+        group = torch.arange(x.shape[1], device=x.device).expand(batch, -1)
+        size, groups = cast("Tensor | None", None), []
+        x = x.flatten(0, 1) if self.rows else x
+        for block, merging in zip(self.blocks, self.merges, strict=True):
+            x, keys = self._attend(block, x, size if self.prop_attn else None, batch)
             if not isinstance(merging, nn.Identity):
-                x, size, plan = merging(x, size, keys, row)
-                group = (
-                    cast("FewRowMerge | MatrixMerge", merging).places(plan).gather(1, group) if self.groups else group
-                )
-            x = block.feed(x)
+                x, size, plan = merging(x, size, keys, image)
+                if self.groups:
+                    group = cast("RowMerge | MatrixMerge", merging).places(plan, batch).gather(1, group)
+            x = cast(vit.DeployBlock, block).feed(x)
             groups.append(group)
+        if self.rows:
+            x = x.reshape(batch, -1, x.shape[-1])
+            size = None if size is None else size.reshape(batch, -1, 1)
         logits = self.head(x, size)
         return (logits, torch.stack(groups, 1)) if self.groups else logits
 
+    def _attend(self, block: nn.Module, x: Tensor, size: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+        """Run the attention half of a block; the logarithm of its size weighs each key where ``size`` is given."""
+        if self.rows:
+            bias = None if size is None else size.log().reshape(batch, 1, 1, -1)
+            return cast(vit.RowBlock, block).attend(x, bias, batch)
+        return cast(vit.DeployBlock, block).attend(x, None if size is None else size.log().transpose(1, 2)[:, None])
 
-MERGES = {Target.ONNXRUNTIME: FewRowMerge, Target.TENSORRT: MatrixMerge}
+
+MERGES = {Target.ONNXRUNTIME: RowMerge, Target.TENSORRT: MatrixMerge}
 
 
 def build(options: Mapping[str, Any], size: tuple[int, int], layout: str) -> nn.Module:
@@ -462,7 +288,8 @@ SYSTEM = System(
     to_deploy=to_deploy,
     forms={
         Target.ONNXRUNTIME: Form(
-            name="kept rows gathered, merged rows by a one-hot product; the last block for the class token alone",
+            name="tokens of a batch as rows: the kept ones gathered, only receivers averaged; the last block for the "
+            "class token alone",
             reason="a product with the whole merge matrix costs as many multiply-adds as attention "
             "(benchmarks/tome.py)",
         ),

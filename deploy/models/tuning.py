@@ -26,6 +26,9 @@ class Tuning:
             them; the first one takes nothing away and is what the others are compared with.
         layer: Regular expression on the start of node names; its first group is the number of the layer.
         reschedule: ``(training form, schedule) -> a copy with this schedule`` that shares the weights.
+        plain: The network whose layers take nothing, for people: "unmerged".
+        taking: What taking elements away is called: "merging".
+        schedule: ``(options, size) -> the schedule that the options ask for``.
     """
 
     what: str
@@ -35,3 +38,6 @@ class Tuning:
     seeds: Callable[[Options, Size], Mapping[str, Schedule]]
     layer: str
     reschedule: Callable[[nn.Module, Schedule], nn.Module]
+    plain: str
+    taking: str
+    schedule: Callable[[Options, Size], Schedule]

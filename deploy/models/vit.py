@@ -304,6 +304,35 @@ class DeployBlock(nn.Module):
         return self.feed(self.attend(x)[0])
 
 
+class RowBlock(DeployBlock):
+    """The same over the tokens of a batch as rows [N*T,C], which saves ONNX Runtime two reshapes a linear layer."""
+
+    def attend(self, x: Tensor, bias: Tensor | None = None, batch: int = 1) -> tuple[Tensor, Tensor]:
+        """Run the attention half; also returns the keys [N,heads,T,C/heads].
+
+        Args:
+            x: [N*T,C].
+            bias: [N,1,1,T], added to the logits.
+            batch: N.
+        """
+        normed = self.norm1(x)
+        keys, values = (self._heads(layer(normed), batch) for layer in (self.attn.k, self.attn.v))
+        logits = self._heads(self.attn.q(self._first(normed, batch)), batch) @ keys.transpose(-1, -2)
+        mixed = torch.softmax(logits if bias is None else logits + bias, -1) @ values
+        rows = mixed.transpose(1, 2).reshape(-1, x.shape[-1])
+        return self._first(x, batch) + self.attn.proj(rows), keys
+
+    def _heads(self, x: Tensor, batch: int) -> Tensor:
+        return x.reshape(batch, -1, self.attn.heads, x.shape[-1] // self.attn.heads).transpose(1, 2)
+
+    def _first(self, x: Tensor, batch: int) -> Tensor:
+        if not self.queries:
+            return x
+        if batch == 1:
+            return x[: self.queries]
+        return x.reshape(batch, -1, x.shape[-1])[:, : self.queries].reshape(-1, x.shape[-1])
+
+
 class DeployHead(nn.Module):
     """Norm, pool and head; a class token is taken before the norm, which then reads one row."""
 

@@ -10,7 +10,11 @@ the modules that make them (``deploy.models.decisions``):
               otherwise than PyTorch must have been near a tie: at most ``MARGIN`` of what it ranks
 
 The choices are those of the deploy form in PyTorch, float32, and so are the outputs that the imposed run is compared
-with.
+with. The deploy form itself is held to the training form in the same way: the training form follows its choices, and
+judges them by its own scores.
+
+A free run whose choices were turned near a tie, and nowhere else, computes something else than PyTorch and is right:
+where it breaks its precision's tolerance, it is held to ``FLIPPED`` instead.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -35,6 +39,8 @@ from deploy.graph.io import module_of, save_model
 from deploy.parity.batch import ROUNDING
 from deploy.parity.compare import Candidate, check_parity
 from deploy.parity.inputs import InputPack
+from deploy.parity.metrics import usage
+from deploy.parity.tallies import Followed, FormRunner, Tally
 from deploy.records import Comparison, DecisionCheck, ParityRecord, Precision, Tolerance
 
 if TYPE_CHECKING:
@@ -51,6 +57,11 @@ ARITHMETIC = {
 # What rounding alone moves scores of size 1 by, as between batches (``deploy.parity.batch``).
 MARGIN = {precision: ROUNDING[precision.value] for precision in ARITHMETIC}
 IMPOSED = "decisions imposed"
+FORM = "deploy form"
+# How far a free run may get by flips near ties. Over random weights, where ties are many: cosine 0.9987 and 4.7 % of
+# the largest logit (DeiT-Ti, float16, one flip in the first block), 3.4 % (ViT-B gap, float32).
+FLIPPED = Tolerance(max_relative=1e-1, cosine=0.995, top1=1.0)
+NEAR_TIES = "flipped near ties"
 
 Names = Mapping[str, tuple[str, ...]]  # module -> the values that leave it; "" where an output is in no graph
 Open = Callable[[Path], Runner]
@@ -95,21 +106,32 @@ def check_decisions(
         Candidate(stage=f"{w.file.stage}, {IMPOSED}", precision=w.file.precision, open=w.opened) for w in watched
     ]
     limits = {precision.value: tolerance for precision, tolerance in ARITHMETIC.items()}
-    record = check_parity(lambda feeds: model.decide(feeds).outputs, candidates, inputs, limits, task=task)
-    checks = tuple(check for w in watched for check in w.checks())
+    followed = Followed(model=model)
+    form = Candidate(stage=f"{FORM}, {IMPOSED}", precision=Precision.FP32, open=lambda: FormRunner(model))
+    records = (
+        check_parity(followed.reference, [form], inputs, limits, task=task),
+        check_parity(lambda feeds: model.decide(feeds).outputs, candidates, inputs, limits, task=task),
+    )
+    checks = (*followed.rows(FORM, MARGIN[Precision.FP32]), *(check for w in watched for check in w.checks()))
     wide = [check for check in checks if not check.ok]
+    verdicts = [*(r.verdict for r in records if not r.ok), *(told(check) for check in wide), records[1].verdict]
     return dataclasses.replace(
-        record,
-        ok=record.ok and not wide,
-        verdict=told(wide[0]) if record.ok and wide else record.verdict,
-        tolerances={f"{precision}, {IMPOSED}": limit for precision, limit in record.tolerances.items()},
-        comparisons=tuple(_named(comparison) for comparison in record.comparisons),
+        records[1],
+        ok=all(r.ok for r in records) and not wide,
+        verdict=verdicts[0],
+        tolerances={f"{precision}, {IMPOSED}": limit for r in records for precision, limit in r.tolerances.items()},
+        comparisons=tuple(_named(comparison) for r in records for comparison in r.comparisons),
         decisions=checks,
+        seconds=sum(r.seconds for r in records),
     )
 
 
 def with_decisions(parity: ParityRecord, decisions: ParityRecord) -> ParityRecord:
-    """Add the check of choices to a parity record; either one's failure is the verdict."""
+    """Add the check of choices to a parity record; either one's failure is the verdict.
+
+    Where the choices are right, free runs that broke their tolerance after flips near ties are held to ``FLIPPED``.
+    """
+    parity = _excused(parity, decisions.decisions) if decisions.ok and not parity.ok else parity
     flipped = [check for check in decisions.decisions if check.flips]
     note = (
         f"{sum(c.flips for c in flipped)} {decisions.decisions[0].what} flipped near ties, within the precision's "
@@ -125,6 +147,38 @@ def with_decisions(parity: ParityRecord, decisions: ParityRecord) -> ParityRecor
         decisions=decisions.decisions,
         seconds=parity.seconds + decisions.seconds,
     )
+
+
+def _excused(parity: ParityRecord, checks: Sequence[DecisionCheck]) -> ParityRecord:
+    """Judge comparisons that fail again, by ``FLIPPED``, where a flip near a tie explains why they do."""
+    last = checks[-1].stage.removesuffix(", rounded")
+    comparisons, tolerances = [], dict(parity.tolerances)
+    for comparison in parity.comparisons:
+        stage = comparison.stage
+        explaining = {FORM, stage, last if stage.startswith("engine") else stage}
+        turned = any(check.flips for check in checks if check.stage in explaining)
+        if not comparison.passed and turned and not _breaks_flipped(comparison):
+            name = f"{comparison.precision}, {NEAR_TIES}"
+            comparison = dataclasses.replace(comparison, passed=True, failures=(), precision=name)
+            tolerances[name] = FLIPPED
+        comparisons.append(comparison)
+    failed = [c for c in comparisons if not c.passed]
+    moved = sum(c.precision.endswith(NEAR_TIES) for c in comparisons)
+    verdict = (
+        f"parity fails at {failed[0].stage!r}, output {failed[0].output!r}: {'; '.join(failed[0].failures)} "
+        f"({len(failed)} of {len(comparisons)} comparisons fail)"
+        if failed
+        else f"parity holds over {len(comparisons)} comparisons; {moved} of them after {checks[0].what} that flipped "
+        f"near ties, held to a cosine of {FLIPPED.cosine:g} (with PyTorch's imposed they are within their tolerance)"
+    )
+    return dataclasses.replace(
+        parity, ok=not failed, verdict=verdict, comparisons=tuple(comparisons), tolerances=tolerances
+    )
+
+
+def _breaks_flipped(comparison: Comparison) -> bool:
+    """Tell whether a comparison breaks ``FLIPPED``; NaN does."""
+    return not usage(comparison, FLIPPED)[0] <= 1
 
 
 def _before_last(comparisons: tuple[Comparison, ...], more: tuple[Comparison, ...]) -> tuple[Comparison, ...]:
@@ -254,17 +308,12 @@ def _opened(model: onnx.ModelProto, open_: Open) -> Iterator[Runner]:
 
 
 @dataclass(kw_only=True)
-class _Watched:
+class _Watched(Tally):
     """One file under check: runs with PyTorch's choices imposed, and keeps what it would have chosen."""
 
     file: DecidingFile
-    model: DecidingModel
     names: Names
     open: Open
-    images: int = 0
-    flips: dict[str, int] = field(default_factory=dict)
-    margins: dict[str, float] = field(default_factory=dict)
-    shares: dict[str, list[float]] = field(default_factory=dict)
 
     def opened(self) -> _ImposedRunner:
         """Open the file twice, free and imposed."""
@@ -273,23 +322,14 @@ class _Watched:
     def note(self, decided: Decided, free: Feeds, forced: Feeds) -> None:
         """Keep what a batch showed."""
         for module, values in self.names.items():
-            count, margin = self.model.flips(module, decided, [forced.get(v) for v in values])
-            self.flips[module] = self.flips.get(module, 0) + int(count.sum())
-            self.margins[module] = max(self.margins.get(module, 0.0), float(margin.max(initial=0.0)))
+            self.add(module, *self.model.flips(module, decided, [forced.get(v) for v in values]))
         chosen = {module: [free.get(v) for v in values] for module, values in self.names.items()}
-        for module, share in self.model.shares(decided, chosen).items():
-            self.shares.setdefault(module, []).extend(float(s) for s in share)
+        self.share(self.model.shares(decided, chosen))
         self.images += len(next(iter(decided.outputs.values())))
 
     def checks(self) -> Iterator[DecisionCheck]:
         """Give a row a module."""
-        limit = MARGIN[self.file.precision]
-        for module in self.names:
-            yield DecisionCheck(
-                stage=self.file.stage, module=module, what=self.model.what, images=self.images,
-                flips=self.flips[module], margin=self.margins[module], limit=limit,
-                same=float(np.mean(self.shares[module])), ok=self.margins[module] <= limit,
-            )  # fmt: skip
+        return self.rows(self.file.stage, MARGIN[self.file.precision])
 
 
 class _ImposedRunner:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from deploy.artifacts import read_manifest
 from deploy.backends import load_backend
 from deploy.backends.base import BuildOptions
 from deploy.backends.onnxruntime import open_model
+from deploy.candidates import plain_of
 from deploy.errors import RecipeError
 from deploy.graph.io import load_model as load_onnx
-from deploy.models import find_system, tome
+from deploy.models import find_system, merge_forms, tome
 from deploy.models.base import count_macs, load_model
-from deploy.records import Target
+from deploy.records import BenchRecord, Ratio, Target
 from deploy.resolve import flags_of, resolve_recipe
 
 SYSTEM = find_system("tome")
@@ -66,29 +69,40 @@ def group_sizes(groups):
     return np.stack([np.bincount(row, minlength=groups.max() + 1) for row in groups])
 
 
-@pytest.mark.parametrize("name", ["tome_deit_tiny_r8_dec", "tome_deit_tiny_distilled_r8"])
+def flags_for(options):
+    named = [word for key in ("r", "schedule") if key in options for word in (f"--{key}", options[key])]
+    others = {key: value for key, value in options.items() if key not in ("r", "schedule")}
+    return named + [word for key, value in others.items() for word in ("--set", f"options.{key}={json.dumps(value)}")]
+
+
+BIG = [pytest.param(name, marks=[pytest.mark.slow] * ("tiny" not in name)) for name in CASES]
+
+
+@pytest.mark.parametrize("name", BIG)
 def test_the_command_line_meets_the_official_logits(name, tmp_path):
     case = reference_case(name)
     variant, options = CASES[name]
     out = tmp_path / "bundle"
-    flags = [word for key in ("r", "schedule") if key in options for word in (f"--{key}", options[key])]
     result = effdeploy(
-        "export", "tome", "--variant", variant, "--weights", case.save(tmp_path / "official.pth"), "--batch", 2,
-        *flags, "--until", "engine", "--out", out,
+        "export", "tome", "--variant", variant, "--weights", case.save(tmp_path / "official.pth"),
+        "--batch", len(case.images), *flags_for(options), "--until", "engine", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.stdout + result.stderr
     run = read_manifest(out)
     with open_model(out / run.engines[0].artifact.name, BuildOptions(threads=1)) as runner:
         got = runner.infer({"images": case.images})["logits"]
     assert abs(got - case.logits).max() <= LIMIT * abs(case.logits).max()
-    assert not {"ScatterElements", "ScatterND", "If", "Loop"} & set(run.passes.op_counts)
+    assert not {"If", "Loop"} & set(run.passes.op_counts)
+    scatters = [n for n in load_onnx(out / "20-patched.onnx").graph.node if n.op_type.startswith("Scatter")]
+    assert bool(scatters) == bool(options["r"])
+    assert not any(a.name == "reduction" and a.s != b"none" for n in scatters for a in n.attribute)
 
 
 def test_a_wrong_place_shows(tmp_path):
     """The control of all of the above: one receiver that is off by one."""
     case, loaded = load_case("tome_deit_tiny_r8_prop", Target.ONNXRUNTIME, tmp_path)
     merging = loaded.deploy.merges[0]
-    merging.receivers.data = merging.receivers.roll(1, 1)
+    merging.before -= 1
     with torch.inference_mode():
         got = loaded.deploy(torch.from_numpy(case.images)).numpy()
     assert abs(got - case.logits).max() > 10 * LIMIT * abs(case.logits).max()
@@ -151,19 +165,28 @@ def test_multiply_adds_fall_as_in_the_paper():
 
 
 def tied_keys(tokens):
-    """Keys of which many are equal: proposals tie exactly."""
+    """Keys [1,1,T,4] of which many are equal: proposals tie exactly."""
     patterns = torch.eye(4).repeat(tokens, 1)[:tokens]
-    return patterns[torch.randperm(tokens, generator=torch.Generator().manual_seed(0))].reshape(1, tokens, 1, 4)
+    return patterns[torch.randperm(tokens, generator=torch.Generator().manual_seed(0))].reshape(1, 1, tokens, 4)
+
+
+def merged_by(merging, x, size, keys):
+    """Run a form on tokens [N,T,C], sizes [N,T,1] and keys [N,heads,T,d], in its own layout; return as given."""
+    image = torch.arange(len(x))[:, None]
+    if isinstance(merging, merge_forms.MatrixMerge):
+        return merging(x, size, keys.transpose(1, 2), image)
+    merged, sizes, plan = merging(x.flatten(0, 1), None if size is None else size.flatten(0, 1), keys, image)
+    return merged.reshape(len(x), -1, x.shape[2]), sizes.reshape(len(x), -1, 1), plan
 
 
 @pytest.mark.parametrize("protected", [0, 1, 2])
 @pytest.mark.parametrize("merge", tome.MERGES.values(), ids=lambda m: m.__name__)
 def test_ties_neither_lose_nor_double_a_token(merge, protected):
-    sides = tome.Sides(tokens=17, protected=protected, sort=protected > 0)
+    sides = merge_forms.Sides(tokens=17, protected=protected, sort=protected > 0)
     merging = merge(sides, 5, torch.float32)
     x = torch.randn(1, 17, 8, generator=torch.Generator().manual_seed(1))
-    merged, size, plan = merging(x, None, tied_keys(17), torch.zeros(1, 1, dtype=torch.int64))
-    places = merging.places(plan)[0]
+    merged, size, plan = merged_by(merging, x, None, tied_keys(17))
+    places = merging.places(plan, 1)[0]
     assert sorted(set(places.tolist())) == list(range(12))
     assert size.sum() == 17
     assert torch.allclose((merged * size).sum(1), x.sum(1), atol=1e-5)
@@ -174,16 +197,16 @@ def test_ties_neither_lose_nor_double_a_token(merge, protected):
 def test_every_form_takes_the_same_decisions():
     generator = torch.Generator().manual_seed(0)
     for protected, r in ((0, 8), (1, 8), (2, 7), (1, 1)):
-        sides = tome.Sides(tokens=18, protected=protected, sort=protected > 0)
-        keys = torch.randn(2, 18, 3, 8, generator=generator)
-        size = torch.randint(1, 5, (2, 18), generator=generator).float()
+        sides = merge_forms.Sides(tokens=18, protected=protected, sort=protected > 0)
+        keys = torch.randn(2, 3, 18, 8, generator=generator)
+        size = torch.randint(1, 5, (2, 18, 1), generator=generator).float()
         x = torch.randn(2, 18, 4, generator=generator)
-        places = tome.new_places(keys.mean(2), r, sides)
-        want, sizes = tome.merge(x, size[..., None], places, 18 - r)
+        places = tome.new_places(keys.mean(1), r, sides)
+        want, sizes = tome.merge(x, size, places, 18 - r)
         for kind in tome.MERGES.values():
             merging = kind(sides, r, torch.float32)
-            got, total, plan = merging(x, size[..., None], keys, torch.arange(2)[:, None])
-            assert torch.equal(merging.places(plan), places)
+            got, total, plan = merged_by(merging, x, size, keys)
+            assert torch.equal(merging.places(plan, 2), places)
             assert torch.allclose(got, want, atol=1e-5)
             assert torch.equal(total, sizes)
 
@@ -273,3 +296,27 @@ def test_cases_name_what_they_are_of():
         if "tome" in about:
             assert about["tome"]["arch"] == variant
             assert about["tome"]["prop_attn"] == options.get("prop_attn", True)
+
+
+def test_an_export_is_timed_against_the_unmerged_network_and_says_when_merging_gains_nothing(tmp_path):
+    """Of 50 tokens one is merged in a single block of the tiny network: that cannot pay."""
+    quick = ("--set", "bench.seconds=0.1", "--set", "bench.warmup_seconds=0.05", "--set", "bench.rounds=5")
+    arguments = ("export", "tome", "--variant", "tiny", *quick)
+    result = effdeploy(*arguments, "--schedule", "0,0,1,0", "--out", tmp_path / "merged")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    run = read_manifest(tmp_path / "merged")
+    assert [ratio.baseline for ratio in run.bench.ratios] == ["unmerged"]
+    (note,) = (c.note for c in run.bench.latencies if c.name == "unmerged")
+    assert re.fullmatch(r"unmerged: bare torch\.onnx\.export, float32; 1\.0\dx the multiply-adds", note)
+    assert (plain_of(resolve_recipe("tome", {"variant": ("", "tiny"), "options.r": ("", 0)}))) is None
+
+
+@pytest.mark.parametrize(("p10", "gains"), [(0.9, False), (1.0, False), (1.01, True)])
+def test_merging_that_gains_nothing_is_said(p10, gains):
+    ratio = Ratio(name="engine", baseline="unmerged", batch=4, median=1.02, p10=p10, p90=1.1, rounds=20)
+    other = dataclasses.replace(ratio, baseline="naive", p10=0.5)
+    record = BenchRecord(latencies=(), ratios=(other, ratio), warnings=(), method="", modules={}, seconds=0.0)
+    plain = plain_of(resolve_recipe("tome", {"variant": ("", "tiny")}))
+    warnings = plain.judged(record).warnings
+    words = f"merging gains nothing at batch 4: 1.02x ({p10:.2f} to 1.10) the speed of the unmerged network"
+    assert warnings == (() if gains else (words,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -13,10 +15,10 @@ from deploy.artifacts import read_manifest
 from deploy.backends.base import BuildOptions
 from deploy.backends.onnxruntime import open_model
 from deploy.graph.io import load_model as load_onnx
-from deploy.models import find_system, merging, tome
+from deploy.models import find_system, merge_forms, merging
 from deploy.models.base import load_model
 from deploy.models.decisions import DecidingModel
-from deploy.parity.decisions import DecidingFile, check_decisions, leaving, with_decisions
+from deploy.parity.decisions import MARGIN, DecidingFile, check_decisions, leaving, with_decisions
 from deploy.precision.emulate import emulated
 from deploy.records import Precision, Target
 from deploy.report.blocks import Details
@@ -60,7 +62,9 @@ def test_an_export_holds_arithmetic_and_decisions_apart(exported):
     assert {"fp16, decisions imposed", "fp16, rounded, decisions imposed"} <= set(stages)
     assert "fp16, decisions imposed" in parity.tolerances
     modules = [name for name, module in loaded.deploy.named_modules() if name.endswith(".plan")]
-    assert [c.module for c in parity.decisions if c.stage == "fp16, rounded"] == modules
+    for stage in ("deploy form", "fp16, rounded"):
+        assert [c.module for c in parity.decisions if c.stage == stage] == modules
+    assert "deploy form, decisions imposed" in stages
     assert all(c.ok and c.margin <= c.limit and 0 < c.same <= 1 for c in parity.decisions)
     assert parity.comparisons[-1].stage in ("engine", "fp16, rounded")  # what ships stays the last one
     folded = [b.summary for b in report_parity(read_manifest(out)).blocks if isinstance(b, Details)]
@@ -80,7 +84,7 @@ def test_one_wrong_index_of_a_decision_fails(exported):
     def spoil(graph):
         values = leaving(graph, ["merges.1.plan"])["merges.1.plan"]
         suffix = "GatherElements" if loaded.target is Target.ONNXRUNTIME else "Div_1"  # receivers, or weights
-        shift(graph, next(value for value in values if value.endswith(suffix)), 1)
+        shift(graph, next(value for value in values if value.endswith(suffix)), -1)
 
     record = checked(exported, spoil)
     assert not record.ok
@@ -107,11 +111,11 @@ def shift(graph, value, axis):
 
 def test_one_wrong_index_behind_a_decision_fails(exported):
     """What is merged where is right; the tokens that are taken are not. Only the imposed arithmetic shows it."""
-    kind = "Add" if exported[1].target is Target.ONNXRUNTIME else "MatMul"
+    kind, axis = ("ScatterND", 0) if exported[1].target is Target.ONNXRUNTIME else ("MatMul", 1)
 
     def spoil(graph):
-        merge = [n for n in graph.graph.node if n.name.startswith("merges.0/") and n.op_type == kind][-1]
-        shift(graph, merge.output[0], 1)
+        merge = next(n for n in graph.graph.node if n.name.startswith("merges.0/") and n.op_type == kind)
+        shift(graph, merge.output[0], axis)
 
     record = checked(exported, spoil)
     assert not record.ok
@@ -122,20 +126,20 @@ def test_one_wrong_index_behind_a_decision_fails(exported):
 def test_either_verdict_is_that_of_the_run(exported):
     out, _, _ = exported
     good = read_manifest(out).parity
-    bad = checked(exported, lambda graph: shift(graph, leaving(graph, ["merges.0.plan"])["merges.0.plan"][0], 1))
+    bad = checked(exported, lambda graph: shift(graph, leaving(graph, ["merges.0.plan"])["merges.0.plan"][0], -1))
     assert with_decisions(good, bad).ok is False
     assert with_decisions(good, bad).verdict == bad.verdict
 
 
 @pytest.mark.parametrize("sort", [True, False])
 def test_margins_are_those_of_the_scores(sort):
-    plan = tome.FewRowPlan(tome.Sides(tokens=9, protected=int(sort), sort=sort), 2, torch.float32)
-    keys = torch.randn(1, 9, 2, 8, generator=torch.Generator().manual_seed(0))
+    plan = merge_forms.RowPlan(merge_forms.Sides(tokens=9, protected=int(sort), sort=sort), 2)
+    keys = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
     chosen = plan(keys, torch.zeros(1, 1, dtype=torch.int64))
     count, margin = merging.flips(plan, (keys,), chosen, chosen)
     assert (int(count), float(margin)) == (0, 0.0)
 
-    metric = keys.mean(2) / keys.mean(2).norm(dim=-1, keepdim=True)
+    metric = keys.mean(1) / keys.mean(1).norm(dim=-1, keepdim=True)
     scores = (metric[:, plan.sides.a :: 2] @ metric[:, plan.sides.b :: 2].transpose(1, 2))[0]
     stay, merged, receiver = chosen
     other = (receiver + 1) % scores.shape[1]
@@ -148,8 +152,8 @@ def test_margins_are_those_of_the_scores(sort):
 
 @pytest.mark.parametrize("lost", [-1, 0, 8, 9])
 def test_what_is_no_merge_is_infinitely_wrong(lost):
-    plan = tome.FewRowPlan(tome.Sides(tokens=9, protected=1, sort=True), 2, torch.float32)
-    keys = torch.randn(1, 9, 2, 8, generator=torch.Generator().manual_seed(0))
+    plan = merge_forms.RowPlan(merge_forms.Sides(tokens=9, protected=1, sort=True), 2)
+    keys = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
     stay, merged, receiver = plan(keys, torch.zeros(1, 1, dtype=torch.int64))
     wrong = merged.clone()
     wrong[0, 0] = lost
@@ -158,3 +162,50 @@ def test_what_is_no_merge_is_infinitely_wrong(lost):
 
 def test_shares_compare_partitions_and_not_names():
     assert merging.first_members(torch.tensor([[3, 1, 3, 0, 1]])).tolist() == [[0, 1, 0, 3, 1]]
+
+
+def test_a_deploy_form_that_chooses_wrongly_is_found_by_the_training_form(exported):
+    _, loaded, inputs = exported
+    model = DecidingModel(loaded, SYSTEM.decisions)
+    feeds = inputs.chunks[0].feeds
+    decided = model.decide(feeds)
+    outputs, judged = model.follow(feeds, decided)
+    assert set(judged.flips) == set(model.modules)
+    assert not any(count.any() for count in judged.flips.values())
+    assert np.allclose(outputs["logits"], decided.outputs["logits"], atol=1e-5)
+
+    name = list(model.modules)[1]
+    *first, last = decided.chosen[name]  # receivers, or places
+    if loaded.target is Target.ONNXRUNTIME:
+        wrong = (*first, (last + 1) % model.modules[name].sides.receivers)
+    else:
+        wrong = (first[0].roll(1, 1), *first[1:], last)
+    spoilt = dataclasses.replace(decided, chosen={**decided.chosen, name: wrong})
+    judged = model.follow(feeds, spoilt)[1]
+    assert judged.margins[name].max() > MARGIN[Precision.FP32]
+
+
+def test_only_a_flip_near_a_tie_excuses_a_free_run(exported):
+    out, _, _ = exported
+    good = read_manifest(out).parity
+    (form, *_), checks = good.comparisons, good.decisions
+    moved = dataclasses.replace(form, passed=False, failures=("max_relative",), max_relative=3e-2, cosine=0.999)
+    assert form.stage == "deploy form"
+    failing = dataclasses.replace(good, ok=False, comparisons=(moved, *good.comparisons[1:]), decisions=())
+    judged = dataclasses.replace(good, comparisons=(), decisions=checks)
+
+    def flipped(stage):
+        return tuple(dataclasses.replace(c, flips=int(c.stage == stage)) for c in checks)
+
+    turned = with_decisions(failing, dataclasses.replace(judged, decisions=flipped("deploy form")))
+    assert turned.ok
+    assert turned.comparisons[0].precision == "fp32, flipped near ties"
+    assert "merges that flipped near ties" in turned.verdict
+    far = dataclasses.replace(failing, comparisons=(dataclasses.replace(moved, cosine=0.9), *good.comparisons[1:]))
+    for parity, decisions in (
+        (failing, dataclasses.replace(judged, decisions=flipped("nothing"))),  # nothing flipped
+        (failing, dataclasses.replace(judged, decisions=flipped("fp16, rounded"))),  # not in this stage
+        (failing, dataclasses.replace(judged, decisions=flipped("deploy form"), ok=False)),  # a wide flip
+        (far, dataclasses.replace(judged, decisions=flipped("deploy form"))),  # too far for a flip near a tie
+    ):
+        assert not with_decisions(parity, decisions).ok
