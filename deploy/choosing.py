@@ -60,8 +60,8 @@ def tune(
     goal = Goal(speedup=target_speedup, drift=max_drift)
     recipe = recipe_of(
         system, variant=variant, weights=weights, size=size, batch=batch, precision=None, backend=backend, target=None,
-        sm=None, device=None, images=images, baseline=None, seconds=seconds, threads=threads, set_=set_,
-        verify_each=False,
+        sm=None, device=None, images=images, calib=None, calib_method=None, baseline=None, seconds=seconds,
+        threads=threads, set_=set_, verify_each=False,
     )  # fmt: skip
     path = path_of(out) or Path(f"{recipe.system}-{recipe.variant}-tuned.yaml")
     return tune_recipe(recipe, goal, path, console_or_silence(console))

@@ -136,9 +136,7 @@ def inspect(
     return inspect_path(path, console_or_silence(console), batch=batch, sizes=axis, depth=depth)
 
 
-def lint(
-    model: PathLike, *, for_: Names = (), strict: bool = False, console: Console | None = None
-) -> LintRecord:
+def lint(model: PathLike, *, for_: Names = (), strict: bool = False, console: Console | None = None) -> LintRecord:
     """Hold an ONNX file against what runtimes refuse: ``effdeploy lint``.
 
     Args:

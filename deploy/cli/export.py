@@ -45,7 +45,8 @@ def export(
     calib: Annotated[Path | None, typer.Option(help="Folder of images that INT8 and FP8 measure ranges on.")] = None,
     calib_method: Annotated[str | None, typer.Option(help="minmax, percentile, mse or entropy.")] = None,
     backend: Annotated[
-        str | None, typer.Option(help="onnxruntime, openvino, tensorrt_rtx or tensorrt.", autocompletion=completing.backends)
+        str | None,
+        typer.Option(help="onnxruntime, openvino, tensorrt_rtx or tensorrt.", autocompletion=completing.backends),
     ] = None,
     target: Annotated[
         str | None,

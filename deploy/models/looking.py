@@ -24,7 +24,7 @@ CLOSE = 1.0  # pixels of the input within which two points are the same
 
 def one_look(rois: Tensor, points: Tensor) -> Tensor:
     """Join RoIs [N,T,4] (x1, y1, x2, y2) and points [N,T,P,2] to [N,T,2 + P,2]."""
-    return torch.cat((rois.unflatten(-1, (2, 2)), points), 2)
+    return torch.cat((rois.reshape(*rois.shape[:2], 2, 2), points), 2)
 
 
 class Looks(nn.Module):
