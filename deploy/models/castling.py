@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from deploy.models import vit
 from deploy.models.base import Flag, Form, System, Variant
-from deploy.models.checkpoint import WeightMap
+from deploy.models.checkpoint import State, WeightMap
 from deploy.records import Target
 
 THRESHOLD = 0.02  # of a probability in the auxiliary branch; fixed in the release
@@ -166,6 +166,20 @@ def approximate(options: Mapping[str, Any]) -> bool:
     return bool(options["auxiliary"])
 
 
+def random(state: State) -> State:
+    """Let the auxiliary branch have faded out, as at the end of the training in the paper: queries and keys shrink.
+
+    Their products then make no probability above ``THRESHOLD`` where there are more than 1 / ``THRESHOLD`` tokens. The
+    linear branch is what it was: it reads queries and keys by their direction only.
+    """
+    found = dict(state)
+    for key, value in state.items():
+        if ".attn.qkv." in key:
+            queries, keys, values = value.chunk(3)
+            found[key] = torch.cat((queries * 0.1, keys * 0.1, values))
+    return found
+
+
 def _variant(width: int, **changes: Any) -> Variant:
     options = {**vit.options_of(width, **changes), "auxiliary": True}
     return Variant(options=options, summary="no weights are published" if width > 32 else "for tests")
@@ -201,6 +215,7 @@ SYSTEM = System(
     stride="patch",
     adapt=vit.adapt,
     approximate=approximate,
+    random=random,
     flags=(
         Flag(
             name="auxiliary",

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference import rtdetr_fill
 from support import REFERENCE, Case, effdeploy
 
@@ -93,6 +94,34 @@ def test_the_command_line_meets_the_official_logits(name, tmp_path):
     with open_model(out / run.engines[0].artifact.name, BuildOptions(threads=1)) as runner:
         got = runner.infer({"images": case.images})["logits"]
     assert abs(got - case.logits).max() <= LIMIT * abs(case.logits).max()
+
+
+@pytest.mark.parametrize("target", list(Target), ids=lambda t: t.value)
+def test_both_forms_look_at_the_same_places(target):
+    loaded = load(target, options__looks=True)
+    images = example_inputs(loaded.inputs, 2)[0]
+    with torch.inference_mode():
+        (_, expected), (_, got) = loaded.reference(images), loaded.deploy(images)
+    assert expected.shape == (2, 3, 9, 2 + 4, 2)
+    assert abs(got - expected).max() <= 1e-5
+    assert abs(expected[0] - expected[1])[0].max() == 0  # the first look does not know the image
+    assert abs(expected[0] - expected[1])[1].max() > 1e-3
+
+
+def test_show_draws_regions_and_points(tmp_path):
+    out, photo = tmp_path / "bundle", tmp_path / "photo.png"
+    Image.fromarray(np.tile(np.arange(96, dtype=np.uint8)[None, :, None], (80, 1, 3))).save(photo)
+    done = effdeploy(
+        "export", "sparseformer", "--variant", "tiny", "--set", "options.looks=true", "--until", "engine", "--out", out
+    )
+    assert done.exit_code == 0, done.stdout + done.stderr
+    shown = effdeploy("show", out, photo, "--out", tmp_path / "shown.png", "--json")
+    assert shown.exit_code == 0, shown.stdout + shown.stderr
+    panels = json.loads(shown.stdout.splitlines()[-1])["record"]["panels"]
+    assert [panel["title"] for panel in panels[:3]] == [f"look {n} of 3: 100% of points within 1 px" for n in (1, 2, 3)]
+    assert len(panels) == 6
+    with Image.open(tmp_path / "shown.png") as picture:
+        assert picture.width > 1000
 
 
 PARAMETERS = {"t": 32, "s": 48, "b": 81}  # millions, as the release prints them
