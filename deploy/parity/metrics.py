@@ -258,7 +258,8 @@ def judge(metrics: Metrics, tolerance: Tolerance) -> tuple[str, ...]:
     """Return one sentence per limit that is broken, e.g. ``"cosine 0.9981 < 0.9999"``; none when all hold.
 
     NaN and infinity fail whatever the tolerance says, and so does an output that no limit applies to, unless it is left
-    to ``deploy.parity.selection``: what was not judged has not passed. Flips of the best class that are ``near_ties`` are not held against ``top1``.
+    to ``deploy.parity.selection``: what was not judged has not passed. Flips of the best class that are ``near_ties``
+    are not held against ``top1``.
     """
     failures = []
     judged = _judged(metrics, tolerance)
