@@ -60,7 +60,7 @@ def resolve_recipe(
         if name not in system.variants:
             raise UnknownNameError(f"{system.name} has no variant {name!r}", hint=did_you_mean(name, system.variants))
     recipe = resolve(layers, partial(_mistakes, system))
-    return recipe.model_copy(update={"options": {**system.options_for(recipe.precision), **recipe.options}})
+    return recipe.model_copy(update={"options": {**system.options_for(recipe), **recipe.options}})
 
 
 def _qualified(system: System, assignments: Sequence[str]) -> list[str]:

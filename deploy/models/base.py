@@ -38,7 +38,7 @@ from deploy.models.sources import Source, choose_text, fetch, parse_source
 from deploy.models.tuning import Tuning
 from deploy.models.weights import random_state
 from deploy.recipe import Recipe
-from deploy.records import Drift, ModelRecord, Precision, Target, TensorSpec, WeightsSource
+from deploy.records import Drift, ModelRecord, Target, TensorSpec, WeightsSource
 
 Size = tuple[int, int]
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -87,7 +87,7 @@ def _none(options: Options) -> tuple[str, ...]:
     return ()
 
 
-def _any_precision(precision: Precision) -> Options:
+def _undecided(recipe: Recipe) -> Options:
     return {}
 
 
@@ -131,7 +131,7 @@ class System:
         keep_fp32: ``options -> regular expressions`` on node names that stay float32 in every reduced precision.
         keep_high: ``options -> {regular expression on node names: reason}``: products that stay out of INT8 and FP8,
             besides those that ``deploy.precision.select`` leaves out of every graph.
-        options_for: ``precision -> options`` that it decides where nobody else does, e.g. a form for float32 alone.
+        options_for: ``recipe -> options`` that it decides where nobody else does, e.g. a form for float32 alone.
         flags: Options that the command line offers by a name of their own.
         feeds: Makers of the inputs other than ``images`` for parity: images float32 [n,3,H,W] to an array of n rows.
         decisions: What the deploy form chooses where rounding can turn the choice; parity then compares it apart.
@@ -163,7 +163,7 @@ class System:
     approximate: Callable[[Options], bool] = _exact
     keep_fp32: Callable[[Options], tuple[str, ...]] = _none
     keep_high: Callable[[Options], Mapping[str, str]] = _nothing_high
-    options_for: Callable[[Precision], Options] = _any_precision
+    options_for: Callable[[Recipe], Options] = _undecided
     flags: tuple[Flag, ...] = ()
     feeds: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.generic]]] = field(default_factory=dict)
     decisions: Decisions | None = None

@@ -66,8 +66,10 @@ def test_only_what_gains_is_filtered():
     assert all(winograd.with_winograd(other) is other for other in others)
 
 
-def test_reduced_precisions_convolve_directly_unless_they_are_told():
-    """Filtering needs float32's digits, and a graph that keeps it would be neither small nor fast."""
+def test_only_float32_on_onnx_runtimes_cpu_filters_unless_it_is_told():
+    """Filtering needs float32's digits, and other runtimes have filtering kernels of their own."""
+    elsewhere = ({"engine.device": ("", "cuda")}, {"engine.backend": ("", "openvino")})
+    assert [dict(resolve_recipe("rtdetr", place).options) for place in elsewhere] == [{"convolutions": "direct"}] * 2
     chosen = {p: dict(resolve_recipe("rtdetr", {"precision": ("", p)}).options) for p in ("fp32", "fp16", "bf16")}
     assert chosen == {"fp32": {}, "fp16": {"convolutions": "direct"}, "bf16": {"convolutions": "direct"}}
     told = resolve_recipe("rtdetr", {"precision": ("", "fp16")}, ["convolutions=winograd"])

@@ -24,6 +24,7 @@ from deploy.models.rtdetr.sampling import BILINEAR
 from deploy.models.rtdetr.weights import RELAYOUTS, UNREAD, WEIGHT_MAPS
 from deploy.models.rtdetr.winograd import with_winograd
 from deploy.models.selecting import Selection
+from deploy.recipe import Recipe
 from deploy.records import Precision, Target, TensorSpec
 
 CONVOLUTIONS = {Target.ONNXRUNTIME: "winograd", Target.TENSORRT: "direct"}
@@ -171,6 +172,12 @@ def _sampling(options: Mapping[str, Any], target: Target) -> str:
             hint="--set options.sampling=auto, or --backend tensorrt with another checkpoint",
         )
     return form
+
+
+def _filters_pay(recipe: Recipe) -> bool:
+    """Whether filtered convolutions are for this runtime: others filter by themselves, or have no float32 digits."""
+    engine = recipe.engine
+    return recipe.precision is Precision.FP32 and engine.backend == "onnxruntime" and engine.device != "cuda"
 
 
 def _convolutions(module: nn.Module, options: Mapping[str, Any], target: Target) -> nn.Module:
@@ -334,8 +341,8 @@ SYSTEM = System(
     forms={
         Target.ONNXRUNTIME: Form(
             name="composed projections, boxes as logits, GridSample, sums for concatenations, filtered convolutions",
-            reason="r18 at 640 pixels takes 1.14 times as long with direct convolutions (AVX2, one thread, FP32: other "
-            "precisions do not filter); on a GPU --set convolutions=direct may be faster (benchmarks/rtdetr.py)",
+            reason="a third faster than other exports of r18 on a CPU (benchmarks/rtdetr.py). Other precisions and "
+            "runtimes and --device cuda do not filter; if --device auto finds a GPU, --set convolutions=direct leaves it out",
         ),
         Target.TENSORRT: Form(
             name="composed projections, boxes as logits, sampling by Gather",
@@ -353,7 +360,7 @@ SYSTEM = System(
     outputs=("labels", "boxes", "scores"),
     adapt=adapt,
     keep_fp32=keep_fp32,
-    options_for=lambda precision: {} if precision is Precision.FP32 else {"convolutions": "direct"},
+    options_for=lambda recipe: {} if _filters_pay(recipe) else {"convolutions": "direct"},
     selection=Selection(selector="decoder.selection", decoder="decoder", scores="decoder.enc_score_head"),
     drawing=DRAWING,
     feeds={"orig_target_sizes": original_sizes},
