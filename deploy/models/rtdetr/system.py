@@ -342,7 +342,7 @@ SYSTEM = System(
         Target.ONNXRUNTIME: Form(
             name="composed projections, boxes as logits, GridSample, sums for concatenations, filtered convolutions",
             reason="a third faster than other exports of r18 on a CPU (benchmarks/rtdetr.py). Other precisions and "
-            "runtimes and --device cuda do not filter; if --device auto finds a GPU, --set convolutions=direct leaves it out",
+            "runtimes and --device cuda do not filter; if auto finds a GPU, --set convolutions=direct leaves it out",
         ),
         Target.TENSORRT: Form(
             name="composed projections, boxes as logits, sampling by Gather",
