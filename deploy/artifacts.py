@@ -111,12 +111,17 @@ def artifacts_of(run: RunRecord, before: Stage = Stage.REPORT) -> list[Artifact]
 
 
 @contextlib.contextmanager
-def storage_errors(action: str) -> Iterator[None]:
-    """Translate what a full or read-only disk raises into ``StorageError``; the one border for ``OSError``."""
+def storage_errors(action: str, option: str = "--out") -> Iterator[None]:
+    """Translate what a full or read-only disk raises into ``StorageError``; the one border for ``OSError``.
+
+    Args:
+        action: What could not be done.
+        option: The one that chooses another folder.
+    """
     try:
         yield
     except OSError as error:
-        raise _storage_error(action, error) from error
+        raise _storage_error(action, error, option) from error
 
 
 @contextlib.contextmanager
@@ -139,8 +144,8 @@ def refused_writes(action: str) -> Iterator[None]:
         raise _storage_error(action, cause) from error
 
 
-def _storage_error(action: str, error: OSError) -> StorageError:
-    hint = _REFUSALS.get(error.errno or 0, "choose another folder with --out")
+def _storage_error(action: str, error: OSError, option: str = "--out") -> StorageError:
+    hint = _REFUSALS.get(error.errno or 0, "choose another folder with --out").replace("--out", option)
     return StorageError(f"{action}: {error.strerror or error}", hint=hint)
 
 

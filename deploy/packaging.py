@@ -85,7 +85,7 @@ def package_triton(
         source = open_artifact(engine.artifact, bundle)
         _require_same(folder, text)
         version = _add_version(source, folder, FILES[engine.backend])
-        with storage_errors(f"cannot write {folder}"):
+        with storage_errors(f"cannot write {folder}", "--triton"):
             if classes:
                 (folder / LABELS).write_text("\n".join(classes) + "\n", encoding="utf-8")
             (folder / CONFIG).write_text(text, encoding="utf-8")
@@ -236,7 +236,7 @@ def _require_same(folder: Path, text: str) -> None:
     path = folder / CONFIG
     if not folder.exists() or not path.is_file():
         return
-    with storage_errors(f"cannot read {path}"):
+    with storage_errors(f"cannot read {path}", "--triton"):
         before = path.read_text(encoding="utf-8")
     changed = [
         line for line in difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=0)
@@ -251,7 +251,7 @@ def _require_same(folder: Path, text: str) -> None:
 
 def _add_version(source: Path, folder: Path, file: str) -> int:
     """Put the engine into the next version's folder, which appears whole: a running server may be watching."""
-    with storage_errors(f"cannot write {folder}"):
+    with storage_errors(f"cannot write {folder}", "--triton"):
         folder.mkdir(parents=True, exist_ok=True)
         version = 1 + max((int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), default=0)
         scratch = Path(tempfile.mkdtemp(prefix=".version-", dir=folder))

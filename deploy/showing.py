@@ -11,15 +11,15 @@ from deploy.answers import PanelRecord, ShowRecord
 from deploy.artifacts import open_artifact, storage_errors
 from deploy.backends import load_backend
 from deploy.backends.base import Feeds
-from deploy.bundles import reopened
+from deploy.bundles import reopened, runnable_engine
 from deploy.candidates import build_options
 from deploy.console import Console
-from deploy.errors import BackendUnavailableError, BundleError, UnknownNameError
+from deploy.errors import BundleError, UnknownNameError
 from deploy.models.base import Loaded, resolve_options, run_module
 from deploy.models.drawing import Drawing, Outputs, Panel, Picture
 from deploy.preprocess import preprocess
 from deploy.recipe import Recipe
-from deploy.records import EngineRecord, RunRecord
+from deploy.records import RunRecord
 
 TEXT, QUIET = "#1a1a1a", "#666666"
 
@@ -45,7 +45,7 @@ def show_photo(
     """
     run, recipe, loaded = reopened(bundle, console, weights)
     drawing = _drawing(run, loaded)
-    engine = _engine(run, bundle)
+    engine = runnable_engine(run, bundle)
     picture, feeds = _inputs(photo, recipe, loaded)
     with console.step("engine") as step:
         open_artifact(engine.artifact, bundle)
@@ -85,17 +85,6 @@ def _drawing(run: RunRecord, loaded: Loaded) -> Drawing:
             hint=f"export it again with --set {drawing.asked_by}",
         )
     return drawing
-
-
-def _engine(run: RunRecord, bundle: Path) -> EngineRecord:
-    if not run.engines:
-        raise BundleError(f"{bundle} has no engine", hint="export without --until")
-    for engine in run.engines:
-        if engine.runnable:
-            return engine
-    raise BackendUnavailableError(
-        f"no engine of {bundle} runs on this machine: {run.engines[0].reason}", hint="show it where it can run"
-    )
 
 
 def _inputs(photo: Path, recipe: Recipe, loaded: Loaded) -> tuple[Picture, Feeds]:

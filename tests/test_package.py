@@ -58,6 +58,14 @@ def test_the_same_model_again_is_the_next_version(tiny_bundle, tmp_path):
     assert not [p for p in (tmp_path / "tiny").iterdir() if p.name.startswith(".")]
 
 
+def test_a_file_in_the_repositorys_place_is_told_with_the_option_that_names_it(tiny_bundle, tmp_path):
+    (tmp_path / "models").write_text("not a folder")
+    result = effdeploy("package", tiny_bundle, "--triton", tmp_path / "models")
+    assert result.exit_code == 19
+    assert "choose another folder with --triton" in result.stderr
+    assert (tmp_path / "models").read_text() == "not a folder"
+
+
 def test_another_configuration_under_the_name_is_refused(tiny_bundle, tmp_path):
     assert effdeploy("package", tiny_bundle, "--triton", tmp_path).exit_code == 0
     before = (tmp_path / "tiny" / "config.pbtxt").read_text()

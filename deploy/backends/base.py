@@ -70,6 +70,18 @@ class BuildOptions:
         """The batch ranges that an engine is tuned for, one a profile."""
         return self.profiles or (self.batch,)
 
+    @property
+    def for_builders(self) -> list[str]:
+        """What was asked that only a runtime with a builder has; a runtime that opens the ONNX file refuses it."""
+        asked = {
+            "compute capabilities": bool(self.sm),
+            "optimisation profiles": len(self.profiles) > 1,
+            "version compatibility": self.version_compatible,
+            "hardware compatibility": self.hardware != "none",
+            "refitting or stripping weights": self.refit or self.strip,
+        }
+        return [name for name, wanted in asked.items() if wanted]
+
 
 class Runner(Protocol):
     """An opened engine. Use as a context manager."""

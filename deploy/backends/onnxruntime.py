@@ -99,14 +99,7 @@ class OnnxRuntimeBackend:
         """
         if options.precision is Precision.FP8:
             _refuse_untakeable(options, "cpu")
-        asked = {
-            "compute capabilities": bool(options.sm),
-            "optimisation profiles": len(options.profiles) > 1,
-            "version compatibility": options.version_compatible,
-            "hardware compatibility": options.hardware != "none",
-            "refitting or stripping weights": options.refit or options.strip,
-        }
-        if names := [name for name, wanted in asked.items() if wanted]:
+        if names := options.for_builders:
             raise BackendUnavailableError(
                 f"ONNX Runtime has no {', no '.join(names)}: its engine is the ONNX file, for every batch and machine",
                 hint="leave the option out, or --backend tensorrt on the target machine",

@@ -98,14 +98,7 @@ class OpenVinoBackend:
         Raises:
             BackendUnavailableError: so.
         """
-        asked = {
-            "compute capabilities": bool(options.sm),
-            "optimisation profiles": len(options.profiles) > 1,
-            "version compatibility": options.version_compatible,
-            "hardware compatibility": options.hardware != "none",
-            "refitting or stripping weights": options.refit or options.strip,
-        }
-        if names := [name for name, wanted in asked.items() if wanted]:
+        if names := options.for_builders:
             raise BackendUnavailableError(
                 f"OpenVINO has no {', no '.join(names)} here: its engine is the ONNX file",
                 hint="leave the option out, or --backend tensorrt on the target machine",
