@@ -16,7 +16,8 @@ from deploy.graph.pipeline import run_passes
 from deploy.graph.plugins import for_builder, use_deformable_attention
 from deploy.models.base import load_model
 from deploy.models.rtdetr import SYSTEM
-from deploy.records import Batch, Target, TensorSpec
+from deploy.precision.convert import convert_precision
+from deploy.records import Batch, Precision, Target, TensorSpec
 from deploy.resolve import resolve_recipe
 from deploy.trace import TraceRequest, onnx_from_torch
 
@@ -40,6 +41,17 @@ class MultiscaleDeformableAttnPlugin_TRT(OpRun):  # noqa: N801  the plugin's nam
                         share = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[n, q, m, level, p]
                         out[n, q, m] += share * value[n, token, m]
         return (out,)
+
+
+class HalfPlugin(MultiscaleDeformableAttnPlugin_TRT):
+    """The same with values and result in float16."""
+
+    def _run(self, value, *others, **attributes):
+        (out,) = super()._run(value, *others, **attributes)
+        return (out.astype(value.dtype),)
+
+
+HalfPlugin.__name__ = MultiscaleDeformableAttnPlugin_TRT.__name__
 
 
 def sampling(second=POINTS, align_corners=0, padding="zeros"):
@@ -151,6 +163,28 @@ def test_a_model_that_asks_for_the_plugin_gets_it_in_front_of_the_builder(asking
         assert abs(moved - want).max() > 1e-3
     (plugin,) = [node for node in model.graph.node if node.op_type == MultiscaleDeformableAttnPlugin_TRT.__name__]
     assert [a.s for a in plugin.attribute if a.name == "plugin_version"] == [b"2"]
+
+
+def test_a_16_bit_graph_gets_it_too(asking, tmp_path):
+    """Casts stand between sampling, product and sum, which adds in float32; the plugin takes one type."""
+    module, specs, path = asking
+    typed = convert_precision(path, Precision.FP16, tmp_path, target=Target.TENSORRT)
+    built = for_builder(tmp_path / typed.artifact.name, tmp_path, "tensorrt")
+    model = onnx.shape_inference.infer_shapes(onnx.load(built))
+    (plugin,) = [node for node in model.graph.node if node.op_type == MultiscaleDeformableAttnPlugin_TRT.__name__]
+    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input)}
+    given = [types[plugin.input[0]], types[plugin.input[3]], types[plugin.input[4]]]
+    assert given == [onnx.TensorProto.FLOAT16] * 3
+    draw = np.random.default_rng(0)
+    feeds = {s.name: draw.standard_normal((2, *s.shape[1:])).astype(np.float32) for s in specs}
+    feeds["boxes"] = abs(feeds["boxes"]) / 2
+    with torch.inference_mode():
+        want = module(*(torch.from_numpy(value) for value in feeds.values())).numpy()
+    (got,) = ReferenceEvaluator(model, new_ops=[HalfPlugin]).run(None, feeds)
+    assert abs(got - want).max() <= 1e-2 * abs(want).max()
+    feeds["boxes"] += np.float32(0.05)  # negative control
+    (moved,) = ReferenceEvaluator(model, new_ops=[HalfPlugin]).run(None, feeds)
+    assert abs(moved - want).max() > 3e-2 * abs(want).max()
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt_rtx"])
