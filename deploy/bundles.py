@@ -19,6 +19,7 @@ from deploy.candidates import (
     parity_candidates,
     plain_of,
     prove_decisions,
+    prove_rounding,
     prove_selection,
 )
 from deploy.console import Console
@@ -70,6 +71,7 @@ def verify_bundle(
         candidates = parity_candidates(loaded, recipe, bundle, stage_files(run), run.engines)
         inputs = parity_inputs(loaded.system, recipe)
         parity = check_parity(loaded.run, candidates, inputs, tolerances(recipe), task=loaded.system.task)
+        parity = prove_rounding(loaded, parity, candidates, inputs)
         failed = {comparison.stage for comparison in parity.comparisons if not comparison.passed}
         if decisions := prove_decisions(loaded, recipe, bundle, stage_files(run), inputs, failed):
             parity = with_decisions(parity, decisions)

@@ -6,6 +6,7 @@ Here PyTorch, the stage files and the engines meet; parity and bench only see th
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import tempfile
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import cast
 
+import numpy as np
 import torch
 from onnx import ModelProto
 from torch import nn
@@ -33,9 +35,10 @@ from deploy.models.base import Loaded, count_macs, graph_inputs, resolve_options
 from deploy.models.base import load_model as load_network
 from deploy.models.decisions import DecidingModel
 from deploy.models.selecting import SelectingModel
-from deploy.parity.compare import Candidate
+from deploy.parity.compare import Candidate, Infer
 from deploy.parity.decisions import DecidingFile, check_decisions
 from deploy.parity.inputs import InputPack
+from deploy.parity.rounding import judge_rounding
 from deploy.parity.selection import check_selection
 from deploy.parity.validation import SelectingFile
 from deploy.precision.emulate import emulated
@@ -187,6 +190,33 @@ def prove_decisions(
     traced = load_model(open_artifact(next(iter(stages.values())), folder))
     on_cpu = _for_judging(build_options(recipe), loaded)
     return check_decisions(model, traced, files, inputs, lambda p: open_model(p, on_cpu), loaded.system.task)
+
+
+def prove_rounding(
+    loaded: Loaded, parity: ParityRecord, candidates: Sequence[Candidate], inputs: InputPack
+) -> ParityRecord:
+    """Judge what failed again, with noise held to PyTorch's own rounding; choices have a judgement of their own."""
+    if parity.ok or loaded.system.task != "classification" or loaded.system.decisions:
+        return parity
+    return judge_rounding(parity, loaded.run, partial(_in_type, loaded), candidates, inputs)
+
+
+def _in_type(loaded: Loaded, name: str) -> Infer:
+    """Return the reference in another type of PyTorch; NaN where PyTorch cannot compute in it."""
+    dtype: torch.dtype = getattr(torch, name)
+    module = copy.deepcopy(loaded.deploy if loaded.approximate else loaded.reference).to(dtype)
+
+    def infer(feeds: Feeds) -> dict[str, Array]:
+        given = (torch.from_numpy(np.ascontiguousarray(array)) for array in feeds.values())
+        try:
+            with torch.inference_mode():
+                found = module(*(t.to(dtype) if t.is_floating_point() else t for t in given))
+        except RuntimeError:  # no kernel for this type
+            return {key: np.full(value.shape, np.nan) for key, value in loaded.run(feeds).items()}
+        tensors = found if isinstance(found, tuple) else (found,)
+        return {key: t.double().numpy() for key, t in zip(loaded.outputs, tensors, strict=True)}
+
+    return infer
 
 
 def _rounded(load: Callable[[], ModelProto]) -> ModelProto:

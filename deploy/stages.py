@@ -23,6 +23,7 @@ from deploy.candidates import (
     parity_candidates,
     plain_of,
     prove_decisions,
+    prove_rounding,
     prove_selection,
 )
 from deploy.console import Console
@@ -179,6 +180,7 @@ class Work:
         candidates = parity_candidates(self.loaded, self.recipe, self.folder, files, engines)
         limits, task = tolerances(self.recipe), self.system.task
         parity = check_parity(self.loaded.run, candidates, self.inputs, limits, task=task)
+        parity = prove_rounding(self.loaded, parity, candidates, self.inputs)
         failed = {comparison.stage for comparison in parity.comparisons if not comparison.passed}
         if decisions := prove_decisions(self.loaded, self.recipe, self.folder, files, self.inputs, failed):
             parity = with_decisions(parity, decisions)

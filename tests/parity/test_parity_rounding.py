@@ -1,0 +1,119 @@
+"""Noise held to PyTorch's own rounding where that is more than a tolerance, and nothing else excused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from deploy.parity.compare import Candidate, check_parity
+from deploy.parity.inputs import pack
+from deploy.parity.rounding import OWN, judge_rounding
+from deploy.records import Batch, Precision, Preprocess, TensorSpec, Tolerance
+
+SIZE, LIMIT = (16, 16), 1e-3
+INPUTS = pack(
+    (TensorSpec(name="images", dtype="float32", shape=("batch", 3, *SIZE)),), SIZE, Preprocess(), batch=Batch.parse(2)
+)
+GROUPS = [group for chunk in INPUTS.chunks for group in chunk.groups]
+PLACE = {image.tobytes(): n for n, image in enumerate(np.concatenate([c.feeds["images"] for c in INPUTS.chunks]))}
+LOGITS = np.random.default_rng(0).uniform(-0.5, 0.5, (len(GROUPS), 20))
+LOGITS[:, 0] = 1  # the largest output, and the best class by far
+LIMITS = {name: Tolerance(max_relative=LIMIT, cosine=0.999999, top1=1.0) for name in ("fp32", "fp16", "int8")}
+
+
+def network(**off):
+    """Return a network that is off from the truth by so much in one logit of each image of a group."""
+
+    def infer(feeds):
+        rows = [PLACE[image.tobytes()] for image in feeds["images"]]
+        found = LOGITS[rows].copy()
+        found[:, 3] += [off.get(GROUPS[row], 0.0) for row in rows]
+        return {"logits": found}
+
+    return infer
+
+
+@dataclasses.dataclass
+class Opened:
+    infer: object
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+
+
+def judged(stage, own, precision="fp32"):
+    """Return the verdict on a stage whose reference is off in another type by ``own``."""
+    reference = network()
+    candidates = [Candidate(stage="engine", precision=Precision(precision), open=lambda: Opened(stage))]
+    asked = []
+
+    def in_type(name):
+        asked.append(name)
+        return own
+
+    first = check_parity(reference, candidates, INPUTS, LIMITS)
+    return first, judge_rounding(first, reference, in_type, candidates, INPUTS), asked
+
+
+@pytest.mark.parametrize(("precision", "other", "times"), [("fp32", "float64", 3), ("fp16", "float16", 1)])
+def test_noise_is_held_to_a_few_times_what_pytorch_does_to_it(precision, other, times):
+    first, again, asked = judged(network(noise=1.9e-3 * times), network(noise=-2e-3), precision)
+    assert not first.ok
+    assert again.ok
+    assert asked == [other]
+    assert again.comparisons[0].precision == f"{precision}, {OWN}"
+    assert again.tolerances[f"{precision}, {OWN}"].max_relative == pytest.approx(2e-3 * times)
+    assert again.tolerances[precision] == LIMITS[precision]
+    assert "held to PyTorch's own rounding on noise" in again.verdict
+    assert f"off from its float32 by 0.00200 of the largest output: {precision} is held there" in again.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "own", "said"),
+    [
+        (network(noise=6.1e-3), network(noise=2e-3), "on noise off by 0.00610 of the largest output, PyTorch itself"),
+        (network(noise=5e-3, natural=2e-3), network(noise=2e-3, natural=2e-3), "max_relative 0.002 > 0.001"),
+        (network(noise=5e-3, extremes=2e-3), network(noise=2e-3, extremes=2e-3), "max_relative 0.002 > 0.001"),
+        (network(noise=2.0), network(noise=3.0), "top1 0.75 < 1"),
+    ],
+    ids=["more than rounding", "natural images", "extremes", "another class"],
+)
+def test_nothing_else_is_excused(stage, own, said):
+    _, again, _ = judged(stage, own)
+    assert not again.ok
+    assert not again.comparisons[0].passed
+    assert said in again.verdict
+
+
+@pytest.mark.parametrize(
+    ("own", "precision"),
+    [(network(noise=1e-4), "fp32"), (network(noise=np.nan), "fp32"), (network(noise=1.0), "int8")],
+    ids=["PyTorch rounds little", "PyTorch overflows", "no type of PyTorch"],
+)
+def test_without_a_yardstick_the_verdict_stays(own, precision):
+    first, again, _ = judged(network(noise=2e-3), own, precision)
+    assert not first.ok
+    assert again is first
+
+
+def test_energy_counts_as_well():
+    def smeared(feeds):
+        """Add to every logit of noise what the largest difference alone would allow."""
+        off = network(noise=2e-3)(feeds)["logits"] - network()(feeds)["logits"]
+        return {"logits": network()(feeds)["logits"] + off.max(1, keepdims=True)}
+
+    _, again, _ = judged(smeared, network(noise=1e-3))
+    assert not again.ok
+    assert "on noise off by 0.00200" in again.verdict
+    assert judged(network(noise=2e-3), network(noise=1e-3))[1].ok
+
+
+def test_what_holds_is_not_measured():
+    first, again, asked = judged(network(noise=5e-4), network(noise=1.0))
+    assert first.ok
+    assert again is first
+    assert asked == []
