@@ -19,6 +19,7 @@ from deploy.models.drawing import Drawing, Outputs, Panel, Picture
 
 OUTPUT = "looks"
 PIXELS = 448  # shorter side of a panel, at least
+LINE, DOT = 2, 2.5  # pixels; thinner ones get lost where panels are drawn smaller
 CLOSE = 1.0  # pixels of the input within which two points are the same
 
 
@@ -70,10 +71,10 @@ def draw_look(picture: Picture, look: NDArray[np.float64]) -> Picture:
     colours = [_colour(token, len(places)) for token in range(len(places))]
     for token, colour in zip(places, colours, strict=True):
         low, high = token[:2].min(0), token[:2].max(0)
-        draw.rectangle((*low.tolist(), *high.tolist()), outline=colour)
+        draw.rectangle((*low.tolist(), *high.tolist()), outline=colour, width=LINE)
     for token, colour in zip(places, colours, strict=True):
         for x, y in token[2:].tolist():
-            draw.ellipse((x - 1.5, y - 1.5, x + 1.5, y + 1.5), fill=colour)
+            draw.ellipse((x - DOT, y - DOT, x + DOT, y + DOT), fill=colour)
     return np.asarray(image)
 
 

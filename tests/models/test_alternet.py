@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import onnx
 import pytest
 import torch
-from support import effdeploy, reference_case
+from support import effdeploy, reference_case, rounding_of, types_of
 
 from deploy.artifacts import read_manifest
 from deploy.backends.base import BuildOptions
@@ -16,15 +15,18 @@ from deploy.models import find_system
 from deploy.models.alternet import (
     ATTENTIONS,
     AttentionBlock,
+    DeployAttentionBlock,
     LocalAttention,
     Projections,
     folded,
     from_windows,
+    keep_fp32,
     to_windows,
 )
-from deploy.models.base import load_model
+from deploy.models.base import example_inputs, load_model
 from deploy.models.weights import random_state
-from deploy.records import Batch, Target
+from deploy.precision.convert import convert_precision
+from deploy.records import Batch, Precision, Target, TensorSpec
 from deploy.resolve import resolve_recipe
 from deploy.trace import TraceRequest, onnx_from_torch
 
@@ -132,17 +134,36 @@ def test_a_norm_folds_into_the_convolution_before_it():
         assert torch.allclose(folded(convolution, norm)(x), norm(convolution(x)), atol=1e-12)
 
 
-def test_the_logits_of_windows_stay_float32(tmp_path):
-    out = tmp_path / "bundle"
-    result = effdeploy("export", "alternet", "--variant", "tiny", "--fp16", "--until", "precision", "--out", out)
-    assert result.exit_code == 0, result.stdout + result.stderr
-    graph = onnx.shape_inference.infer_shapes(onnx.load(out / "30-fp16.onnx")).graph
-    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
-    found = {node.name: types[node.output[0]] for node in graph.node if ".attention" in node.name}
-    sums = {name: kind for name, kind in found.items() if name.endswith(".attention/Add")}
-    assert len(sums) == 3
-    assert set(sums.values()) == {onnx.TensorProto.FLOAT}
-    assert {kind for name, kind in found.items() if name.endswith("/MatMul")} == {onnx.TensorProto.FLOAT16}
+class OneBlock(torch.nn.Module):
+    """The deploy form of one attention block, under the name that it has in the network."""
+
+    def __init__(self, block, target):
+        super().__init__()
+        self.layer1 = torch.nn.Sequential(DeployAttentionBlock(block, target))
+
+    def forward(self, images):
+        return self.layer1(images)
+
+
+@pytest.mark.parametrize("target", list(Target), ids=lambda t: t.value)
+def test_the_logits_of_windows_stay_float32(target, tmp_path):
+    block = AttentionBlock(64, 16, 2, {"head_dim": 16, "window": 4}).eval().requires_grad_(False)
+    block.load_state_dict(random_state(block.state_dict(), 0))
+    block.attn.pos_embedding += 300  # for all keys alike, so nothing to a softmax; float16 has steps of 0.25 there
+    spec = TensorSpec(name="images", dtype="float32", shape=("batch", 64, 8, 8))
+    request = TraceRequest(inputs=(spec,), outputs=("logits",), batch=Batch.parse(1), opset=20)
+    traced = onnx_from_torch(OneBlock(block, target), request, tmp_path)
+    graph = tmp_path / run_passes(tmp_path / traced.artifact.name, target, tmp_path).artifact.name
+    images, off = example_inputs((spec,), 1)[0].numpy(), {}
+    for keep, expected in ((keep_fp32(SYSTEM.variants["tiny"].options), "FLOAT"), ((), "FLOAT16")):  # negative control
+        typed = tmp_path / convert_precision(graph, Precision.FP16, tmp_path, keep=keep, target=target).artifact.name
+        types = types_of(typed)
+        assert types["layer1.0.attention/Add"] == expected
+        products = {name: kind for name, kind in types.items() if "attention/MatMul" in name}
+        assert len(products) == 2
+        assert set(products.values()) == {"FLOAT16"}
+        off[expected] = rounding_of(typed, graph, images)
+    assert off["FLOAT16"] > 5 * off["FLOAT"]
 
 
 def test_a_missing_key_is_refused(tmp_path):
