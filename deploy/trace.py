@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnx import ModelProto
+from onnxscript import optimizer
 from torch import nn
 
 from deploy.artifacts import TRACED, artifact_of
@@ -33,6 +34,7 @@ from deploy.graph.io import op_counts, save_model
 from deploy.models.base import Apart, example_inputs, run_module
 from deploy.models.operators import TRANSLATIONS
 from deploy.records import Batch, Target, TensorSpec, TraceRecord
+from deploy.torchlib import unread_sources
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 # one kernel (benchmarks/results). Opset 23 brings the Attention op, whose FP32 build TensorRT refuses.
 DEFAULT_OPSET = {Target.ONNXRUNTIME: 20, Target.TENSORRT: 21}
 OLDEST_OPSET, NEWEST_OPSET = 18, 22
+ROUNDS = 1  # of the exporter's optimiser, which by default looks through every graph twice; our passes come after it
 _RUN_TOLERANCE = 1e-3  # a frozen axis or a wrong graph is off by far more; tight comparison is the parity stage's work
 
 
@@ -83,9 +86,10 @@ def onnx_from_torch(module: nn.Module, request: TraceRequest, folder: Path) -> T
     start = time.perf_counter()
     size = 2 if request.batch.dynamic else request.batch.opt
     arguments = example_inputs(request.inputs, size)
-    with quiet_torch(), _without_collection():
+    with quiet_torch(), _without_collection(), unread_sources():
         program = _capture(module, arguments, request)
         converted = _convert(program, request)
+        optimizer.optimize_ir(converted.model, num_iterations=ROUNDS)
     _rename(converted.model)
     _strip(converted.model)
     model = ir.to_proto(converted.model)
@@ -188,6 +192,7 @@ def _convert(program: Any, request: TraceRequest) -> Any:
             dynamic_shapes=dynamic,
             custom_translation_table=dict(TRANSLATIONS),
             verbose=False,
+            optimize=False,
         )
     except Exception as error:  # the exporter wraps whatever its translations raise
         raise TraceError(
