@@ -70,6 +70,8 @@ def export(
     from_: str | None = None,
     reuse: bool = True,
     verify_each: bool = False,
+    embed_preprocess: bool = False,
+    labels: PathLike | None = None,
     console: Console | None = None,
 ) -> RunRecord:
     """Take a model from its checkpoint to a bundle: engine, parity, latency, report.
@@ -98,6 +100,8 @@ def export(
         from_: Make this stage and the later ones again, even where an earlier run made the same.
         reuse: False: make every stage again.
         verify_each: Compare outputs around every graph pass.
+        embed_preprocess: The graph takes uint8 images [N, height, width, 3] and normalises them itself.
+        labels: Text file with a class name per line; they travel with the model.
         console: Where progress goes; nowhere when left out.
 
     Returns:
@@ -114,7 +118,8 @@ def export(
     recipe = recipe_of(
         system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
         target=target, sm=sm, device=device, images=images, calib=calib, calib_method=calib_method, baseline=baseline,
-        seconds=seconds, threads=threads, set_=set_, verify_each=verify_each,
+        seconds=seconds, threads=threads, set_=set_, verify_each=verify_each, embed_preprocess=embed_preprocess,
+        labels=labels,
     )  # fmt: skip
     first, last, folder = road_of(recipe, from_, until, out)
     console = console_or_silence(console)
@@ -146,13 +151,16 @@ def plan(
     from_: str | None = None,
     reuse: bool = True,
     verify_each: bool = False,
+    embed_preprocess: bool = False,
+    labels: PathLike | None = None,
     console: Console | None = None,
 ) -> PlanRecord:
     """Check everything that an export checks before its work, and say what it would do: ``effdeploy export --dry-run``.
 
     Args:
         system, variant, weights, size, batch, precision, backend, target, sm, device, out, images, calib,
-        calib_method, baseline, seconds, threads, set_, until, from_, reuse, verify_each, console: As for ``export``.
+        calib_method, baseline, seconds, threads, set_, until, from_, reuse, verify_each, embed_preprocess, labels,
+        console: As for ``export``.
 
     Returns:
         Stages, files with estimated sizes, seconds where earlier runs on this machine measured them, space.
@@ -165,7 +173,8 @@ def plan(
     recipe = recipe_of(
         system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
         target=target, sm=sm, device=device, images=images, calib=calib, calib_method=calib_method, baseline=baseline,
-        seconds=seconds, threads=threads, set_=set_, verify_each=verify_each,
+        seconds=seconds, threads=threads, set_=set_, verify_each=verify_each, embed_preprocess=embed_preprocess,
+        labels=labels,
     )  # fmt: skip
     first, last, folder = road_of(recipe, from_, until, out)
     console = console_or_silence(console)
@@ -236,6 +245,7 @@ def build(
     hardware: str | None = None,
     refit: bool | None = None,
     strip: bool | None = None,
+    lint: str | None = None,
     precision: str | None = None,
     device: str | None = None,
     threads: int | None = None,
@@ -258,6 +268,7 @@ def build(
         hardware: ``"none"``, ``"ampere_plus"`` or ``"same_compute_capability"``.
         refit: Let the engine's weights be replaced.
         strip: Leave the weights out of the engine.
+        lint: ``"warn"``: build in spite of lint errors; default ``"stop"``.
         precision: Refuse a graph that is not ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"fp8"``.
         device: Of onnxruntime: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         threads: CPU threads of the engine.
@@ -288,6 +299,7 @@ def build(
         "engine.hardware": ("--hardware", hardware),
         "engine.refit": ("--refit", refit),
         "engine.strip": ("--strip", strip),
+        "engine.lint": ("--lint", lint),
         "engine.device": ("--device", device),
         "bench.threads": ("--threads", threads),
     }

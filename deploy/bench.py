@@ -24,6 +24,7 @@ import numpy as np
 
 from deploy.backends.base import DeviceTimer
 from deploy.errors import BenchmarkError, EffdeployError
+from deploy.noise import MachineWatch, interval_of_median
 from deploy.records import BenchRecord, Latency, Ratio
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ class BenchCandidate:
         peak_memory: Bytes, from ``peak_memory_of``; 0 when not measured.
         note: Shown beside its row.
         timer: Measures a call itself, by the clock of a device; the wall clock around ``call`` otherwise.
+        sha256: Of the file that it runs; empty where there is none.
     """
 
     name: str
@@ -61,6 +63,7 @@ class BenchCandidate:
     peak_memory: int = 0
     note: str = ""
     timer: DeviceTimer | None = None
+    sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,10 +137,11 @@ def measure(
         raise BenchmarkError(f"got candidates {keys}, expected at least one and each (name, batch) once")
     start = time.perf_counter()
     tracks = [_Track(candidate=c) for c in candidates]
+    watch = MachineWatch(clock=clocks.wall)
     with _without_gc():
         for track in tracks:
             _warm_up(track, options, clocks)
-        _rounds(tracks, options, clocks)
+        _rounds(tracks, options, clocks, watch)
     cpu = _one_cpu_thread(tracks)
     return BenchRecord(
         latencies=tuple(_latency(t) for t in tracks),
@@ -146,6 +150,7 @@ def measure(
         method=_method(tracks, options, cpu),
         modules=time_by_module(profile or {}, depth),
         seconds=time.perf_counter() - start,
+        noise=watch.record(),
     )
 
 
@@ -182,7 +187,7 @@ def _call(candidate: BenchCandidate) -> object:
         ) from error
 
 
-def _rounds(tracks: list[_Track], options: BenchOptions, clocks: Clocks) -> None:
+def _rounds(tracks: list[_Track], options: BenchOptions, clocks: Clocks, watch: MachineWatch) -> None:
     number = 0
     while _unfinished(tracks, number, options):
         first = number // 2 % len(tracks)
@@ -190,6 +195,7 @@ def _rounds(tracks: list[_Track], options: BenchOptions, clocks: Clocks) -> None
         # Each order is followed by its mirror image, so a steady drift favours nobody.
         for track in order if number % 2 == 0 else reversed(order):
             _slice(track, clocks)
+        watch.work()
         number += 1
 
 
@@ -260,6 +266,8 @@ def _latency(track: _Track) -> Latency:
         build_seconds=c.build_seconds,
         note="; ".join(part for part in (c.note, c.timer.findings() if c.timer else "", thinned) if part),
         calls=len(ms),
+        interval=interval_of_median(np.split(ms, len(track.round_wall))),
+        sha256=c.sha256,
     )
 
 
@@ -276,6 +284,7 @@ def _ratio(engine: _Track, baseline: _Track, cpu: bool) -> Ratio:
         p10=p10,
         p90=p90,
         rounds=len(ratios),
+        interval=interval_of_median(ratios.reshape(-1, 1)),
     )
 
 
@@ -318,7 +327,7 @@ def _method(tracks: list[_Track], options: BenchOptions, cpu: bool) -> str:
         f"take turns, the order rotated and reversed from round to round; calls a turn: {calls}, after one unrecorded "
         f"call where there is more than one. Latency: wall time of one call, host to host{device}, garbage collection "
         f"off, threads: {threads}. Ratio: formed in each round ({clock}), then the median over the rounds with p10 and "
-        "p90."
+        "p90. Intervals: 95 %, of the median, from drawing whole rounds again."
     )
 
 

@@ -143,7 +143,7 @@ def build_bundle(
         model = folder / run.precision.artifact.name
         about = f"{recipe.system} {recipe.variant}"
         warn_of_traps(console, backend.name, model, model=about, sm=recipe.engine.sm or sm_here())
-        engines = _engines(backend, model, folder, request, console)
+        engines = _engines(backend, model, folder, request, console, stop=recipe.engine.lint == "stop")
         record = _built_run(run, recipe, engines, final.name, bundle.name, time.perf_counter() - begin)
         with storage_errors(f"cannot write the bundle {final}"):
             (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -181,7 +181,8 @@ def build_model(
     in_place = backend.name in IN_PLACE
     warn_of_traps(console, backend.name, model, sm=recipe.engine.sm or sm_here())
     with run_folder(folder / f"{model.stem}.build") as scratch:  # never published: its files are, one by one
-        engines = _engines(backend, model, model.parent if in_place else scratch, request, console)
+        place, stop = model.parent if in_place else scratch, recipe.engine.lint == "stop"
+        engines = _engines(backend, model, place, request, console, stop=stop)
         records = [_publish_engine(e, scratch, folder, model, inputs, in_place=in_place) for e in engines]
     for record in records:
         console.line(f"{record.engine.artifact.name}: {record.engine.audit.statement}")
@@ -320,13 +321,13 @@ def _default_bundle(bundle: Path, run: RunRecord, backend: Backend) -> Path:
 
 
 def _engines(
-    backend: Backend, model: Path, folder: Path, options: BuildOptions, console: Console
+    backend: Backend, model: Path, folder: Path, options: BuildOptions, console: Console, *, stop: bool
 ) -> tuple[EngineRecord, ...]:
     from deploy.graph.plugins import for_builder  # loads onnx_graphsurgeon
 
     with console.step("engine") as step, console.phases() as progress:
         model = for_builder(model, folder, backend.name)
-        lint = check_before_build(model, backend.name, options.device, console)
+        lint = check_before_build(model, backend.name, options.device, console, stop=stop)
         engines = with_lint(backend.build(model, folder, dataclasses.replace(options, progress=progress)), lint)
         step.note(", ".join(f"{e.artifact.name} for {e.device}" for e in engines))
     return engines

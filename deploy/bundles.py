@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy import units
+from deploy import summary, units
 from deploy.artifacts import artifacts_of, open_artifact, read_manifest
 from deploy.backends import load_backend
 from deploy.bench import BenchCandidate, measure
@@ -35,7 +35,9 @@ from deploy.records import Artifact, BenchRecord, EngineRecord, RunRecord
 from deploy.resolve import bench_options, parity_inputs, sample_feeds, tolerances
 from deploy.summary import ratios_of
 
-LATENCY_COLUMNS = ("candidate", "batch", "threads", "p50", "p90", "p95", "p99", "CoV", "images/s", "speed-up over")
+LATENCY_COLUMNS = (
+    "candidate", "batch", "threads", "p50", "95 % of p50", "p90", "p95", "p99", "CoV", "images/s", "speed-up over",
+)  # fmt: skip
 
 
 def verify_bundle(
@@ -129,6 +131,8 @@ def bench_bundles(
         step.note(f"{len(found)} timed" + (f" against each other in {rounds} rounds" if rounds else ""))
     console.table("latency", LATENCY_COLUMNS, _latency_rows(record))
     console.line(record.method, "quiet")
+    if record.noise:
+        console.line(summary.noise_line(record.noise))
     for warning in record.warnings:
         console.warn(warning)
     console.result(record)
@@ -222,7 +226,8 @@ def _renamed(candidate: BenchCandidate, name: str, bundles: int) -> BenchCandida
 def _latency_rows(record: BenchRecord) -> list[tuple[str, ...]]:
     return [
         (
-            c.name, str(c.batch), str(c.threads), *(units.milliseconds(t) for t in (c.p50, c.p90, c.p95, c.p99)),
+            c.name, str(c.batch), str(c.threads), units.milliseconds(c.p50), units.interval(c.interval),
+            *(units.milliseconds(t) for t in (c.p90, c.p95, c.p99)),
             units.percent(c.cov), units.number(c.throughput),
             "; ".join(f"{r.baseline} {units.ratio(r.median, r.p10, r.p90)}" for r in ratios_of(record, c)) or "-",
         )

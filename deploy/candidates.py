@@ -31,7 +31,7 @@ from deploy.bench import BenchCandidate, peak_memory_of
 from deploy.errors import BenchmarkError
 from deploy.graph.io import load_model, save_model
 from deploy.models import find_system
-from deploy.models.base import Loaded, count_macs, graph_inputs, resolve_options, run_module, specialised
+from deploy.models.base import Loaded, count_macs, input_specs, resolve_options, run_module, specialised
 from deploy.models.base import load_model as load_network
 from deploy.models.decisions import DecidingModel
 from deploy.models.selecting import SelectingModel
@@ -82,7 +82,7 @@ class TorchRunner:
 
 def build_options(recipe: Recipe) -> BuildOptions:
     """Return what a backend is asked for by this recipe."""
-    return engine_options(recipe, graph_inputs(specialised(find_system(recipe.system), recipe), recipe.size))
+    return engine_options(recipe, input_specs(specialised(find_system(recipe.system), recipe), recipe))
 
 
 def engine_options(recipe: Recipe, inputs: tuple[TensorSpec, ...]) -> BuildOptions:
@@ -132,10 +132,16 @@ def parity_candidates(
         precision = Precision(stage) if stage in set(Precision) else Precision.FP32
         path = open_artifact(artifact, folder)
         if artifact.name not in ran and precision is not Precision.BF16:
-            found.append(Candidate(stage=stage, precision=precision, open=partial(open_model, path, on_cpu)))
+            opening = partial(open_model, path, on_cpu)
+            found.append(Candidate(stage=stage, precision=precision, open=opening, sha256=artifact.sha256))
         if _has_16_bits(precision, loaded):
             found.append(
-                Candidate(stage=f"{stage}, rounded", precision=precision, open=partial(_emulated, path, on_cpu))
+                Candidate(
+                    stage=f"{stage}, rounded",
+                    precision=precision,
+                    open=partial(_emulated, path, on_cpu),
+                    sha256=artifact.sha256,
+                )
             )
     for engine in engines:
         if engine.runnable:
@@ -144,6 +150,7 @@ def parity_candidates(
                     stage=engine_name(engine, engines),
                     precision=recipe.precision,
                     open=_engine(engine, folder, options),
+                    sha256=engine.artifact.sha256,
                 )
             )
     return found
@@ -354,7 +361,8 @@ def bench_candidates(
         opened = [_open_for_timing(stack, _engine(engine, folder, options), feeds) for engine in usable]
         found: list[BenchCandidate] = []
         for engine, once in zip(usable, opened, strict=True):
-            found += _engine_candidates(stack, engine_name(engine, engines), once, feeds, options)
+            timed = _engine_candidates(stack, engine_name(engine, engines), once, feeds, options)
+            found += [dataclasses.replace(candidate, sha256=engine.artifact.sha256) for candidate in timed]
         for name in recipe.bench.baselines if loaded else ():
             make = partial(BASELINES[name], cast(Loaded, loaded), options, feeds)
             once = _open_for_timing(stack, make, feeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,13 +21,13 @@ from deploy.models import SYSTEMS, find_system
 from deploy.models.base import System, empty_state
 from deploy.models.checkpoint import Checkpoint, State, fit_checkpoint, read_checkpoint
 from deploy.models.sources import local_file
-from deploy.records import EngineRecord, RunRecord, TensorSpec, record
+from deploy.records import BuildRecord, EngineRecord, RunRecord, TensorSpec, from_json, record
 from deploy.resolve import resolve_recipe
 
 CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 ENGINES = (".plan", ".rtx", ".engine", ".trt")
 GFLOPS = "papers print multiply-adds as GFLOPs; counted as two operations each: {} GFLOPs"
-_MODULES_SHOWN, _TENSORS_SHOWN, _OPS_SHOWN = 12, 40, 40
+_MODULES_SHOWN, _TENSORS_SHOWN, _OPS_SHOWN, _VALUE_SHOWN = 12, 40, 40, 240
 
 
 @record
@@ -129,13 +130,18 @@ def inspect_bundle(
 def inspect_engine(path: Path) -> EngineReport:
     """Find an engine in the manifest beside it, and check that it is that very file.
 
+    The manifest is the bundle's, or the engine's own where it was built from an ONNX file (``effdeploy build``).
+
     Raises:
         BundleError: no manifest, one that does not name the file, or another file than it names.
     """
+    if (own := _build_record(path)) is not None:
+        open_artifact(own.engine.artifact, path.parent)
+        return EngineReport(bundle=own.model.name, engine=own.engine, inputs=own.inputs, outputs=())
     if not (path.parent / MANIFEST).is_file():
         raise BundleError(
             f"{path} has no {MANIFEST} beside it: what an engine was built from and for is not in the engine",
-            hint="inspect the bundle that it came from, or its ONNX file",
+            hint="inspect the bundle that it came from, or its ONNX file; effdeploy build writes a manifest beside it",
         )
     run = read_manifest(path.parent)
     engine = next((e for e in run.engines if e.artifact.name == path.name), None)
@@ -144,6 +150,23 @@ def inspect_engine(path: Path) -> EngineReport:
         raise BundleError(f"the manifest does not know {path.name}; its engines: {names}", hint="do not use this file")
     open_artifact(engine.artifact, path.parent)
     return _engine_report(run, engine)
+
+
+def _build_record(path: Path) -> BuildRecord | None:
+    """Read the manifest that ``effdeploy build`` writes beside an engine of an ONNX file; ``None`` where there is none.
+
+    Raises:
+        BundleError: it cannot be read, or is of another engine.
+    """
+    for manifest in sorted(path.parent.glob(f"{path.name}.*.json")):
+        try:
+            record: BuildRecord = from_json(BuildRecord, json.loads(manifest.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            raise BundleError(f"{manifest} cannot be read: {error}", hint="effdeploy build writes it again") from error
+        if record.engine.artifact.name != path.name:
+            raise BundleError(f"{manifest} is of {record.engine.artifact.name}", hint="do not use this file")
+        return record
+    return None
 
 
 def _engine_report(run: RunRecord, engine: EngineRecord) -> EngineReport:
@@ -221,6 +244,8 @@ def _show_graph(report: GraphReport, console: Console, title: str = "") -> None:
     rows = [("input", s.name, s.dtype, _shape(s.shape)) for s in report.inputs]
     rows += [("output", s.name, s.dtype, _shape(s.shape)) for s in report.outputs]
     console.table("interface", ("", "name", "type", "shape"), rows)
+    if report.metadata:
+        console.table("metadata", ("key", "value"), [(k, _shortened(v)) for k, v in report.metadata.items()])
     ops = Counter(report.ops).most_common()
     rest = sum(count for _, count in ops[_OPS_SHOWN:])
     shown = [(op, units.count(count)) for op, count in ops[:_OPS_SHOWN]]
@@ -302,6 +327,10 @@ def _show_bundle(report: BundleReport, console: Console) -> None:
 
 def _shape(shape: tuple[int | str, ...]) -> str:
     return "[" + ", ".join(str(axis) for axis in shape) + "]"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _VALUE_SHOWN else f"{text[:_VALUE_SHOWN]}... ({len(text)} characters; --json has all)"
 
 
 def _types(counts: Mapping[str, int], what: str) -> str:

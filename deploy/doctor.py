@@ -17,7 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from deploy import __version__, units
-from deploy.artifacts import environment
+from deploy.artifacts import CACHE_VARIABLE, cache_folder, environment
 from deploy.backends import BACKENDS, load_backend
 from deploy.backends.gpu import Gpu, first_gpu
 from deploy.backends.openvino import NEEDS, cannot_compute
@@ -341,8 +341,13 @@ def torch_against_driver(build: tuple[int, int] | None, driver: tuple[int, int] 
 
 
 def _disk(bundles: Path) -> Iterator[Check]:
-    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    for name, folder in (("disk for bundles", bundles), ("disk for the weights' cache", cache)):
+    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    places = (
+        ("disk for bundles", bundles),
+        ("disk for the weights' cache", hub),
+        (f"disk for stages and downloads ({CACHE_VARIABLE})", cache_folder()),
+    )
+    for name, folder in places:
         yield disk_check(name, folder)
 
 

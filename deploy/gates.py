@@ -85,7 +85,10 @@ class Metric:
         if change is None:
             return "-"
         noise = f" (noise {100 * self.noise:.1f} %)" if self.noise else ""
-        return f"{100 * change:+.1f} %{noise}" if math.isfinite(change) else units.number(change)
+        if not math.isfinite(change):
+            return units.number(change)
+        rounded = round(100 * change, 1) + 0.0  # no -0.0
+        return f"{rounded:+.1f} %{noise}" if rounded else f"0.0 %{noise}"
 
     def remark(self) -> str:
         """Say what the metric is, or why it cannot be compared."""

@@ -52,6 +52,7 @@ class Comparison:
     failures: tuple[str, ...]
     per_input: Mapping[str, float] = field(default_factory=dict)  # input group -> max_relative
     precision: str = ""  # the key of ParityRecord.tolerances that judged it
+    sha256: str = ""  # of the file that was compared; empty for PyTorch's forms
     top1_ties: int = 0  # images whose best class flipped between scores that max_relative allows to trade places
 
 
@@ -139,6 +140,19 @@ class SelectionCheck:
 
 
 @record
+class DrawnPhoto:
+    """What an engine and PyTorch did with a photo, as an image: ``data`` is base64, ``sentence`` says what it shows."""
+
+    photo: str
+    title: str
+    sentence: str
+    media: str
+    data: str
+    width: int
+    height: int
+
+
+@record
 class ParityRecord:
     """The verdict on every stage. ``ok`` is the verdict of the run."""
 
@@ -152,3 +166,4 @@ class ParityRecord:
     batches: BatchRecord | None = None  # the batch suite; None in bundles that were made before there was one
     decisions: tuple[DecisionCheck, ...] = ()  # of systems that choose; empty where nothing is chosen
     selection: tuple[SelectionCheck, ...] = ()  # of detectors that select queries
+    pictures: tuple[DrawnPhoto, ...] = ()  # of systems that draw, on the first photo of --images

@@ -24,6 +24,7 @@ def recipe_of(
     precision: str | None, backend: str | None, target: str | None, sm: str | Sequence[int] | None,
     device: str | None, images: PathLike | None, calib: PathLike | None, calib_method: str | None,
     baseline: Names | None, seconds: float | None, threads: int | None, set_: Assignments, verify_each: bool,
+    embed_preprocess: bool = False, labels: PathLike | None = None,
 ) -> Recipe:  # fmt: skip
     """Resolve a recipe from keywords; a mistake is named by the command line's option."""
     from deploy.reuse import resolve_once
@@ -45,6 +46,8 @@ def recipe_of(
         "bench.seconds": ("--seconds", seconds),
         "bench.threads": ("--threads", threads),
         "passes.verify_each": ("--verify-each", verify_each or None),
+        "preprocess.embed": ("--embed-preprocess", embed_preprocess or None),
+        "labels": ("--labels", None if labels is None else str(labels)),
     }
     return resolve_once(str(system), options, assignments_of(set_))
 

@@ -56,7 +56,7 @@ def package_triton(
         repository: Where models lie; made if need be.
         console: Where progress goes.
         name: The model's; default: the bundle's.
-        labels: A text file with a class name per line, served with the logits.
+        labels: A text file with a class name per line, served with the logits; left out: the bundle's own names.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``; default: what the engine was built for.
         instances: Copies of the model that serve at the same time.
         queue_delay: Microseconds that the dynamic batcher waits for more requests.
@@ -74,7 +74,7 @@ def package_triton(
         raise RecipeError(f"model name: got {model!r}, expected letters, digits, _, - and .", hint="--name detector")
     if device not in (None, *KINDS):
         raise RecipeError(f"device: got {device!r}, expected one of {', '.join(KINDS)}", hint="--device auto")
-    classes = read_labels(labels, _classes(run)) if labels else ()
+    classes = read_labels(labels, _classes(run)) if labels else _own_names(run)
     text = config_text(
         run, engine, model, device=device, instances=instances, queue_delay=queue_delay, labelled=bool(classes)
     )
@@ -184,6 +184,12 @@ def _classes(run: RunRecord) -> int:
     return int(classes)
 
 
+def _own_names(run: RunRecord) -> tuple[str, ...]:
+    """Return the names that the bundle was exported with, where its first output has a score for each."""
+    names = run.model.names
+    return names if names and _trace(run).outputs[0].shape[-1] == len(names) else ()
+
+
 def _tensor(spec: TensorSpec, largest: int) -> Fields:
     dims = [int(size) if not isinstance(size, str) else -1 for size in (spec.shape[1:] if largest else spec.shape)]
     return [("name", spec.name), ("data_type", _Word(_TYPES[spec.dtype])), ("dims", dims)]
@@ -272,6 +278,7 @@ def _readme(run: RunRecord, engine: EngineRecord, model: str, version: int) -> s
     rows = [f"| {kind} | {spec.name} | {spec.dtype} | {list(spec.shape)} |"
             for kind, specs in (("in", trace.inputs), ("out", trace.outputs)) for spec in specs]  # fmt: skip
     preprocess: Mapping[str, Any] = run.recipe.get("preprocess", {})
+    made = "RGB, uint8 [height, width, 3], fitted" if run.model.preprocess.embed else "RGB, float32, made"
     return f"""# {model}
 
 Version {version} is {run.name}, {engine.backend} {engine.backend_version}, sha256 {engine.artifact.sha256[:12]}.
@@ -288,5 +295,5 @@ Run it in the folder that holds `{model}/`.{own if engine.backend == "tensorrt" 
 |---|---|---|---|
 {chr(10).join(rows)}
 
-Images are RGB, float32, made as the recipe says: {json.dumps(preprocess)}.
+Images are {made} as the recipe says: {json.dumps(preprocess)}.
 """

@@ -44,7 +44,7 @@ def predict_photo(
         bundle: A bundle's folder.
         photo: Image file; it goes through the recipe's preprocessing.
         console: Where the table goes.
-        labels: Text file with a class name per line.
+        labels: Text file with a class name per line; left out: the names that the bundle was exported with.
         top: Classes to name, of a classifier.
         threshold: Detections below this score are left out, of a detector.
         out: PNG file to draw; left out: nothing is drawn.
@@ -60,7 +60,7 @@ def predict_photo(
     open_artifact(engine.artifact, bundle)
     recipe = resolve([layer_of_data(f"manifest of {run.name}", run.recipe)])
     inputs, outputs = _interface(run)
-    names = read_labels(labels, recipe.classes) if labels else ()
+    names = read_labels(labels, recipe.classes) if labels else run.model.names
     feeds = _feeds(photo, recipe, inputs)
     backend, options = load_backend(engine.backend), engine_options(recipe, inputs)
     with console.step("engine") as step, backend.open(engine, bundle, options) as runner:

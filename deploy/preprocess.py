@@ -12,6 +12,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +72,8 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def preprocess(image: Path | Image.Image, size: tuple[int, int], spec: Preprocess) -> NDArray[np.float32]:
-    """Turn an image into the network's input.
+def preprocess(image: Path | Image.Image, size: tuple[int, int], spec: Preprocess) -> NDArray[Any]:
+    """Turn an image into the graph's input.
 
     EXIF orientation is applied, the image is made RGB (an alpha channel is dropped, as torchvision's loader does), its
     short edge is resized to ``floor(size / crop)`` and the centre is cropped, or, with ``fit`` "stretch", both edges
@@ -84,7 +85,7 @@ def preprocess(image: Path | Image.Image, size: tuple[int, int], spec: Preproces
         spec: Mean, standard deviation, crop share and interpolation of the checkpoint.
 
     Returns:
-        float32 [3, height, width], contiguous.
+        As ``normalise``.
 
     Raises:
         ImageError: the file is not an image, is damaged, or is too large.
@@ -112,13 +113,33 @@ def shown_size(image: Path) -> tuple[int, int]:
         return (height, width) if opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
 
 
-def normalise(pixels: NDArray[np.generic], spec: Preprocess) -> NDArray[np.float32]:
-    """Turn RGB pixels [height, width, 3] (uint8, or float in 0..1) into the input, float32 [3, height, width]."""
+def normalise(pixels: NDArray[np.generic], spec: Preprocess) -> NDArray[Any]:
+    """Turn RGB pixels [height, width, 3] (uint8, or float in 0..1) into the input.
+
+    Returns:
+        float32 [3, height, width], contiguous; where the graph normalises itself, uint8 [height, width, 3].
+    """
+    if spec.embed:
+        whole = pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels.astype(np.float64))
+        return np.ascontiguousarray(whole, dtype=np.uint8)
     scaled = pixels.astype(np.float32)
     if pixels.dtype == np.uint8:
         scaled /= np.float32(255)
     normal = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
+
+
+def pixels_of(image: NDArray[np.generic], spec: Preprocess) -> NDArray[np.uint8]:
+    """Take what ``normalise`` gave back to RGB pixels, uint8 [height, width, 3]."""
+    if spec.embed:
+        return image.astype(np.uint8)
+    shares = image.transpose(1, 2, 0) * np.asarray(spec.std) + np.asarray(spec.mean)
+    return np.clip(np.rint(255 * shares), 0, 255).astype(np.uint8)
+
+
+def channels_first(images: NDArray[np.generic]) -> NDArray[Any]:
+    """Return a batch of inputs as [N, 3, height, width], pixels included: what other inputs are made from."""
+    return images.transpose(0, 3, 1, 2) if images.dtype == np.uint8 else images
 
 
 def resized(image: tuple[int, int], size: tuple[int, int], crop: float) -> tuple[int, int]:

@@ -56,6 +56,7 @@ class Recipe(Section):
         None, description="where the released weights are, with #sha256=...; --pretrained takes them"
     )
     classes: int = Field(1000, ge=1, le=1_000_000)
+    labels: Path | None = Field(None, description="text file with a class name per line; they travel with the model")
     target: Target | None = Field(None, description="runtime family to lower the graph for; default: the backend's")
     options: Mapping[str, Any] = Field(default_factory=dict, description="architecture options of the system")
     trace: TraceSection = TraceSection()

@@ -16,6 +16,7 @@ from deploy.judgements import BatchCheck as BatchCheck
 from deploy.judgements import BatchRecord as BatchRecord
 from deploy.judgements import Comparison as Comparison
 from deploy.judgements import DecisionCheck as DecisionCheck
+from deploy.judgements import DrawnPhoto as DrawnPhoto
 from deploy.judgements import ParityRecord as ParityRecord
 from deploy.judgements import SelectionCheck as SelectionCheck
 from deploy.judgements import Tolerance as Tolerance
@@ -66,6 +67,7 @@ class Preprocess:
     """How an image becomes the input: fit it to the size, scale to 0..1, normalise.
 
     ``fit`` "crop" resizes the short edge to size / crop and takes the centre; "stretch" resizes both edges to the size.
+    ``embed``: the graph itself scales and normalises; its images are uint8 [N, height, width, 3], fitted only.
     """
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -73,11 +75,15 @@ class Preprocess:
     crop: float = 0.875
     fit: str = "crop"
     interpolation: str = "bicubic"
+    embed: bool = False
 
 
 @record
 class ModelRecord:
-    """The model as it was loaded. ``macs`` are multiply-adds per image; papers print them as FLOPs."""
+    """The model as it was loaded. ``macs`` are multiply-adds per image; papers print them as FLOPs.
+
+    ``names`` are those of the classes; empty where none were given.
+    """
 
     system: str
     variant: str
@@ -93,6 +99,7 @@ class ModelRecord:
     form_reason: str
     seconds: float
     drift: Drift | None = None  # measured by the parity stage
+    names: tuple[str, ...] = ()
 
 
 @record
@@ -298,8 +305,30 @@ class BuildRecord:
 
 
 @record
+class MachineNoise:
+    """What the machine did during a measurement, seen by the same work once a round.
+
+    ``p50`` in milliseconds; ``slowest`` as a multiple of it; ``stolen`` is the share of CPU time that a hypervisor gave
+    to others, the loads are processes that ran or waited over a minute. ``None``: the system does not tell.
+    """
+
+    work: str
+    runs: int
+    p50: float
+    cov: float
+    slowest: float
+    stolen: float | None
+    load_before: float | None
+    load_after: float | None
+
+
+@record
 class Latency:
-    """Latency of one candidate at one batch size. Times are milliseconds for one call."""
+    """Latency of one candidate at one batch size. Times are milliseconds for one call.
+
+    ``interval`` is the 95 % interval of p50 (``deploy.noise``); ``None`` with too few rounds, and in older bundles.
+    ``sha256`` is that of the file that was timed; empty for what has none, such as PyTorch.
+    """
 
     name: str
     batch: int
@@ -317,6 +346,8 @@ class Latency:
     build_seconds: float
     note: str = ""
     calls: int = 0  # calls that were timed; ``samples`` may hold fewer
+    interval: tuple[float, float] | None = None
+    sha256: str = ""
 
 
 @record
@@ -330,6 +361,7 @@ class Ratio:
     p10: float
     p90: float
     rounds: int
+    interval: tuple[float, float] | None = None  # of 95 %, of the median
 
 
 @record
@@ -342,6 +374,7 @@ class BenchRecord:
     method: str
     modules: Mapping[str, float]  # module path -> share of time, from the runtime's profiler; empty when there is none
     seconds: float
+    noise: MachineNoise | None = None
 
 
 @record

@@ -127,7 +127,8 @@ def default_name(recipe: Recipe) -> str:
     lowered = f"for-{recipe.target.value}" if recipe.target else ""
     options = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", f"{k}{v}").strip("-") for k, v in recipe.options.items())
     what = (recipe.system, recipe.variant, options, size, batch)
-    parts = (*what, recipe.precision.value, recipe.engine.backend, lowered)
+    pixels = "uint8" if recipe.preprocess.embed else ""
+    parts = (*what, pixels, recipe.precision.value, recipe.engine.backend, lowered)
     return "-".join(part for part in parts if part)
 
 

@@ -67,10 +67,10 @@ _INPUTS = (
 )
 
 # What each stage consumes of the recipe. A section stands for all of its keys; ``weights`` and ``pretrained`` come in
-# by the hash of the file, ``target`` as it was resolved, ``parity.images`` by the content of the photos.
+# by the hash of the file, ``target`` as it was resolved, ``parity.images`` and ``labels`` by their content.
 CONSUMES: Mapping[Stage, tuple[str, ...]] = {
-    Stage.MODEL: (*_MODEL, "preprocess"),
-    Stage.TRACE: (*_MODEL, "batch", "trace"),
+    Stage.MODEL: (*_MODEL, "preprocess", "labels"),
+    Stage.TRACE: (*_MODEL, "preprocess", "labels", "batch", "trace"),
     Stage.PASSES: ("passes",),
     Stage.PRECISION: ("precision", "typing", "quantization"),
     Stage.ENGINE: ("engine", "precision", "system", "size", "batch", "bench.threads"),
@@ -179,6 +179,8 @@ class Reuse:
         found = {key: value for key, value in recipe.items() if _chosen(key, names)}
         if "parity.images" in found:
             found["parity.images"] = _photos(self.recipe)
+        if "labels" in found:
+            found["labels"] = sha256_of(self.recipe.labels) if self.recipe.labels else "none"
         if "quantization.calib" in found:
             found |= _calibration(self.recipe)
         for source in READS.get(stage, ()):

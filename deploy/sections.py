@@ -101,6 +101,7 @@ class EngineSection(Section):
     )
     refit: bool = Field(False, description="an engine whose weights can be replaced")
     strip: bool = Field(False, description="an engine without its weights, filled from the ONNX file when it is opened")
+    lint: Literal["stop", "warn"] = Field("stop", description="what lint errors do before a build")
 
     @model_validator(mode="after")
     def _sm_fits(self) -> EngineSection:
@@ -166,6 +167,7 @@ class PreprocessSection(Section):
     crop: float = Field(0.875, gt=0, le=1)
     fit: Literal["crop", "stretch"] = Field("crop", description="stretch: the whole image, whatever its proportions")
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    embed: bool = Field(False, description="the graph takes uint8 NHWC images of its size and normalises them itself")
 
     def record(self) -> Preprocess:
         """Return the record that travels."""

@@ -6,13 +6,16 @@ Here PyTorch and the runtimes are imported, so a run that takes everything from 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from deploy.backends import load_backend
 from deploy.backends.base import Backend, Feeds
 from deploy.backends.gpu import sm_here
 from deploy.bench import measure
@@ -31,6 +34,7 @@ from deploy.errors import CheckpointError
 from deploy.graph.pipeline import run_passes
 from deploy.graph.plugins import for_builder
 from deploy.known_bad import warn_of_traps
+from deploy.labels import read_labels
 from deploy.linting.build import check_before_build, with_lint
 from deploy.models import find_system
 from deploy.models.base import Loaded, System, load_model, measure_drift, resolve_options, specialised
@@ -40,12 +44,15 @@ from deploy.parity.decisions import with_decisions
 from deploy.parity.inputs import InputPack
 from deploy.parity.metrics import furthest
 from deploy.parity.selection import with_selection
+from deploy.pictures import drawn_photo, draws
 from deploy.precision.convert import convert_precision
 from deploy.precision.quantize import QuantizationRequest
+from deploy.preprocess import find_images
 from deploy.recipe import Recipe
 from deploy.records import (
     Artifact,
     BenchRecord,
+    DrawnPhoto,
     Drift,
     EngineRecord,
     ModelRecord,
@@ -56,6 +63,7 @@ from deploy.records import (
     Stage,
     Target,
     TraceRecord,
+    to_json,
 )
 from deploy.resolve import bench_options, calibration_images, parity_inputs, sample_feeds, tolerances
 from deploy.trace import TraceRequest, choose_opset, onnx_from_torch
@@ -112,9 +120,15 @@ class Work:
         """The parity inputs."""
         return parity_inputs(self.system, self.recipe)
 
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The classes' names, where the recipe has a file of them."""
+        return read_labels(self.recipe.labels, self.recipe.classes) if self.recipe.labels else ()
+
     def load(self) -> ModelRecord:
         """Load the reference and its deploy form."""
-        return self.loaded.record
+        names = self.names  # before minutes of loading
+        return dataclasses.replace(self.loaded.record, names=names)
 
     def trace(self) -> TraceRecord:
         """Export the deploy form."""
@@ -125,6 +139,7 @@ class Work:
             batch=self.recipe.batch,
             opset=choose_opset(section.opset, self.target, section.attention_op),
             apart=partial(furthest, self.system.task),
+            metadata=metadata(self.loaded.record, self.names),
         )
         return onnx_from_torch(self.loaded.deploy, request, self.folder)
 
@@ -169,7 +184,9 @@ class Work:
             model=f"{self.recipe.system} {self.recipe.variant}", sm=self.recipe.engine.sm or sm_here(),
         )  # fmt: skip
         model = for_builder(self.folder / typed.artifact.name, self.folder, self.backend.name)
-        lint = check_before_build(model, self.backend.name, self.recipe.engine.device, self.console)
+        engine = self.recipe.engine
+        stop = engine.lint == "stop"
+        lint = check_before_build(model, self.backend.name, engine.device, self.console, stop=stop)
         return with_lint(self.backend.build(model, self.folder, build_options(self.recipe)), lint)
 
     def prove(
@@ -192,7 +209,17 @@ class Work:
         sample = self.sample() if approximate else None
         drift = measure_drift(self.loaded, partial(furthest, task), sample)
         parity = with_drift(parity, drift, self.recipe.parity.max_drift, approximate=approximate)
-        return with_batches(parity, batches), drift
+        return dataclasses.replace(with_batches(parity, batches), pictures=self._pictures(engines)), drift
+
+    def _pictures(self, engines: Sequence[EngineRecord]) -> tuple[DrawnPhoto, ...]:
+        """Draw the first engine that runs here on the first photo, where the system has something to draw."""
+        running, folder = [engine for engine in engines if engine.runnable], self.recipe.parity.images
+        if not running or folder is None or not draws(self.loaded):
+            return ()
+        engine, options = running[0], build_options(self.recipe)
+        name = f"{engine.backend}, {self.recipe.precision.value}"
+        with load_backend(engine.backend).open(engine, self.folder, options) as runner:
+            return tuple(drawn_photo(photo, self.recipe, self.loaded, runner, name) for photo in find_images(folder, 1))
 
     def time(self, engines: Sequence[EngineRecord]) -> BenchRecord | None:
         """Time the engines against the baselines; ``None`` where no engine can run here."""
@@ -219,3 +246,11 @@ class Work:
             if artifact not in files.values():
                 files[name] = artifact
         return files
+
+
+def metadata(model: ModelRecord, names: Sequence[str] = ()) -> dict[str, str]:
+    """Return what travels in the ONNX files, as JSON by key: the preprocessing, and the classes' names where known."""
+    spec = model.preprocess
+    images = "uint8 [N, height, width, 3], RGB" if spec.embed else "float32 [N, 3, height, width], RGB"
+    about = {"images": images, "size": model.size, **to_json(spec)}
+    return {"preprocess": json.dumps(about)} | ({"names": json.dumps(names)} if names else {})

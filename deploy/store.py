@@ -30,6 +30,7 @@ ENTRY = "entry.json"
 _STALE_SECONDS = 24 * 3600  # a folder that no run can still be writing
 _NAMED = 24  # digits of the key in a folder's name
 # Rooms that only show results: they change no stage.
+_RULES = "data/*.yaml"
 _SHOWING = ("api.py", "catalogue.py", "cli", "console.py", "report", "summary.py", "units.py")
 
 
@@ -53,9 +54,9 @@ def key_of(stage: str, consumed: Mapping[str, str]) -> str:
 
 @functools.cache
 def code_version(package: Path = Path(__file__).parent) -> str:
-    """Return the hash of the sources that decide what stages make."""
+    """Return the hash of the sources that decide what stages make, the rules of lint included."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted((*package.rglob("*.py"), *package.glob(_RULES))):
         name = path.relative_to(package)
         if name.parts[0] not in _SHOWING:
             digest.update(f"{name.as_posix()}\0".encode() + path.read_bytes() + b"\0")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Comparison,
         EngineRecord,
         Latency,
+        MachineNoise,
         Ratio,
         RunRecord,
         SelectionCheck,
@@ -195,6 +196,31 @@ def top1(comparison: Comparison) -> str:
         return "not judged"
     ties = comparison.top1_ties
     return units.percent(comparison.top1) + (f" ({ties} near tie{'s' if ties != 1 else ''})" if ties else "")
+
+
+def noise_line(noise: MachineNoise) -> str:
+    """Say what the machine itself did while latencies were taken."""
+    spread = f"varies by {units.percent(noise.cov)} (CoV), slowest {units.number(noise.slowest)}x"
+    told = [f"{noise.work}: p50 {units.milliseconds(noise.p50)}, {spread} over {units.count(noise.runs)} runs"]
+    if noise.load_before is not None:
+        told.append(f"load average {units.number(noise.load_before)} before, {units.number(noise.load_after)} after")
+    if noise.stolen is not None:
+        told.append(f"{units.percent(noise.stolen)} of the CPU time given to other virtual machines")
+    return f"machine noise: {'; '.join(told)}"
+
+
+def timed_and_compared(run: RunRecord) -> tuple[bool, str]:
+    """Say whether accuracy and latency are of the same files, by hash; ``(True, "")`` where one of both is missing."""
+    compared = {c.sha256 for c in run.parity.comparisons if c.stage.startswith("engine")} if run.parity else set()
+    timed = {c.sha256 for c in run.bench.latencies if c.name.startswith("engine")} if run.bench else set()
+    if not any(compared) or not any(timed):  # older bundles have no hashes here
+        return True, ""
+    names = {e.artifact.sha256: e.artifact.name for e in run.engines}
+    if compared == timed and compared <= set(names):
+        files = ", ".join(f"{names[sha256]}, sha256 {sha256[:12]}" for sha256 in sorted(timed))
+        return True, f"compared with PyTorch and timed: the same file ({files})"
+    told = [", ".join(sorted(sha256[:12] for sha256 in found)) for found in (compared, timed)]
+    return False, f"compared with PyTorch was {told[0]}, timed was {told[1]}: accuracy and latency are of other files"
 
 
 def latency_rows(run: RunRecord) -> list[tuple[str, ...]]:

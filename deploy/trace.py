@@ -16,8 +16,8 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import nn
 
 from deploy.artifacts import TRACED, artifact_of
 from deploy.errors import RecipeError, TraceError
-from deploy.graph.io import op_counts, save_model
+from deploy.graph.io import op_counts, save_model, set_metadata
 from deploy.models.base import Apart, example_inputs, run_module
 from deploy.models.operators import TRANSLATIONS
 from deploy.records import Batch, Target, TensorSpec, TraceRecord
@@ -51,7 +51,8 @@ class TraceRequest:
     """What the exported graph must look like.
 
     ``apart`` compares outputs by name, (reference, candidate), and returns their largest difference, absolute and
-    relative; left out, they are compared element by element.
+    relative; left out, they are compared element by element. ``metadata`` goes into the file
+    (``deploy.graph.io.set_metadata``).
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -59,6 +60,7 @@ class TraceRequest:
     batch: Batch
     opset: int
     apart: Apart | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def choose_opset(asked: int | None, target: Target, attention_op: bool) -> int:
@@ -94,6 +96,7 @@ def onnx_from_torch(module: nn.Module, request: TraceRequest, folder: Path) -> T
     _strip(converted.model)
     model = ir.to_proto(converted.model)
     checks = _check_interface(model, request, _expected_outputs(module, arguments, request))
+    set_metadata(model, request.metadata)
     path = folder / TRACED
     save_model(model, path)
     checks += _check_batches(module, path, request, traced_at=size)

@@ -93,9 +93,11 @@ def tune_recipe(recipe: Recipe, goal: Goal, out: Path, console: Console) -> Tune
     """
     begin = time.perf_counter()
     backend = load_backend(recipe.engine.backend)
+    # Where pixels are normalised changes no schedule, and takes the same time in each.
+    floats = recipe.model_copy(update={"preprocess": recipe.preprocess.model_copy(update={"embed": False})})
     with tempfile.TemporaryDirectory() as scratch:
         work = Work(
-            recipe=recipe, backend=backend, target=recipe.target or backend.target, folder=Path(scratch),
+            recipe=floats, backend=backend, target=recipe.target or backend.target, folder=Path(scratch),
             until=Stage.LATENCY, console=console,
         )  # fmt: skip
         if work.system.tuning is None:

@@ -122,6 +122,11 @@ def ratio(median: float, p10: float, p90: float) -> str:
     return f"{number(median)}x ({number(p10)} to {number(p90)})"
 
 
+def interval(ends: tuple[float, float] | None) -> str:
+    """Format an interval's ends: ``1.05 to 1.09``."""
+    return NOT_MEASURED if ends is None else f"{number(ends[0])} to {number(ends[1])}"
+
+
 def size_of(value: Any) -> tuple[int, int]:
     """Read 224, "224", "384x512" (height x width) or [384, 512]."""
     parts = [str(v) for v in value] if isinstance(value, (list, tuple)) else str(value).lower().split("x")

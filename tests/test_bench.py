@@ -20,6 +20,7 @@ from deploy.bench import (
 )
 from deploy.errors import BackendUnavailableError, BenchmarkError
 from deploy.records import BenchRecord, from_json, to_json
+from deploy.summary import noise_line
 
 MS = 1_000_000
 QUICK = BenchOptions(warmup_seconds=0.01, min_seconds=0.2, min_rounds=8, slice_seconds=0.01)
@@ -107,6 +108,35 @@ def test_jitter_below_the_limit_is_not_warned_of():
     machine = Machine()
     jitter = iter(np.random.default_rng(0).normal(10, 0.1, 100_000).tolist())
     assert measure([machine.candidate("engine", jitter)], BenchOptions(), clocks=machine.clocks).warnings == ()
+
+
+def test_medians_have_intervals_that_hold_their_spread():
+    machine = Machine()
+    jitter = iter(np.random.default_rng(0).normal(10, 1, 100_000).clip(5).tolist())
+    result = measure(
+        [machine.candidate("engine", jitter), machine.candidate("eager", 20.0)], BenchOptions(), clocks=machine.clocks
+    )
+    low, high = result.latencies[0].interval
+    assert low < result.latencies[0].p50 < high
+    assert 0.05 < high - low < 0.6  # of some 300 calls that vary by 1 ms: 2 * 1.25 / sqrt(300) = 0.14 each side
+    assert result.latencies[1].interval == (20.0, 20.0)
+    (ratio,) = result.ratios
+    assert ratio.interval[0] < 2.0 < ratio.interval[1]
+    few = measure([machine.candidate("engine", 9000.0)], BenchOptions(max_seconds=10), clocks=machine.clocks)
+    assert few.latencies[0].interval is None  # three rounds
+
+
+def test_the_machine_is_watched_by_work_of_its_own():
+    work = BenchCandidate(name="engine", call=lambda: sum(range(20_000)), batch=1, threads=1, device="cpu", sha256="ab")
+    result = measure([work], BenchOptions(warmup_seconds=0.0, min_seconds=0.1, min_rounds=7, slice_seconds=0.005))
+    noise = result.noise
+    assert noise.runs >= 7
+    assert 0.05 < noise.p50 < 100
+    assert noise.slowest >= 1
+    assert noise_line(noise).startswith("machine noise: SHA-256 of 1 MiB on one thread, once a round: p50 ")
+    assert result.latencies[0].sha256 == "ab"
+    machine = Machine()  # whose clock moves in calls only: nothing was seen, and nothing is claimed
+    assert measure([machine.candidate("engine", 1.0)], QUICK, clocks=machine.clocks).noise is None
 
 
 def test_few_samples_are_warned_of():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -12,13 +13,15 @@ import torch
 from onnx import helper, numpy_helper
 from support import effdeploy
 
-from deploy.artifacts import artifact_of, read_manifest
+from deploy.artifacts import artifact_of, read_manifest, sha256_of
 from deploy.bundles import _names
 from deploy.errors import BenchmarkError
 from deploy.models import find_system
 from deploy.models.base import load_model
 from deploy.records import Target
+from deploy.report.page import failures_of
 from deploy.resolve import resolve_recipe
+from deploy.summary import timed_and_compared
 
 TINY = ("export", "riformer", "--variant", "tiny", "--size", "64", "--seconds", "0.1")
 
@@ -76,11 +79,15 @@ def test_a_graph_lowered_for_another_target_is_not_reused(tmp_path):
 def test_what_the_range_check_consumes_is_not_reused(tmp_path):
     out = tmp_path / "b"
     assert effdeploy(*TINY, "--fp16", "--until", "precision", "--out", out).exit_code == 0
+    result = effdeploy(*TINY, "--fp16", "--set", "parity.seed=1", "--until", "precision", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    made = {stage: origin.why for stage, origin in read_manifest(out).origins.items() if not origin.reused}
+    assert made == {"precision": "parity.seed changed: 0 -> 1"}
     result = effdeploy(*TINY, "--fp16", "--set", "preprocess.crop=0.5", "--until", "precision", "--out", out)
     assert result.exit_code == 0, result.stderr
     made = {stage: origin.why for stage, origin in read_manifest(out).origins.items() if not origin.reused}
-    assert made.keys() == {"model", "precision"}  # the model's record says how images become its input
-    assert made["precision"] == "preprocess.crop changed: 0.9 -> 0.5"
+    assert made.keys() == {"model", "trace", "passes", "precision"}  # every file says how images become its input
+    assert made["trace"] == "preprocess.crop changed: 0.9 -> 0.5"
 
 
 def test_bundles_of_one_name_are_told_apart(tmp_path):
@@ -167,3 +174,21 @@ def test_a_leak_between_rows_that_parity_cannot_see_fails_verify(batched, tmp_pa
     found = "neighbour at batch 2 where row 0 is extreme values: row 1 of output 'logits' is off by"
     assert f"error: batch check fails at 'engine': {found}" in result.stderr
     assert "FAIL: neighbour at batch 2" in result.stdout
+
+
+def test_accuracy_and_latency_are_of_the_same_file(tiny_bundle):
+    run = read_manifest(tiny_bundle)
+    (engine,) = run.engines
+    digest = sha256_of(tiny_bundle / engine.artifact.name)
+    assert {c.sha256 for c in run.parity.comparisons if c.stage == "engine"} == {digest}
+    assert {c.sha256 for c in run.bench.latencies if c.name == "engine"} == {digest}
+    same, told = timed_and_compared(run)
+    assert same
+    assert told == f"compared with PyTorch and timed: the same file (20-patched.onnx, sha256 {digest[:12]})"
+    assert told in (tiny_bundle / "report.md").read_text()
+    other = tuple(dataclasses.replace(c, sha256="0" * 64) for c in run.bench.latencies)
+    apart = dataclasses.replace(run, bench=dataclasses.replace(run.bench, latencies=other))
+    same, told = timed_and_compared(apart)
+    assert not same
+    assert "accuracy and latency are of other files" in told
+    assert told in failures_of(apart)

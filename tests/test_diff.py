@@ -231,3 +231,9 @@ def test_drift_and_operators_are_seen(tiny_bundle, variant_of):
 def test_gates_are_read_before_bundles():
     with pytest.raises(RecipeError):
         silent("nowhere", "nowhere", fail_if=["nonsense"])
+
+
+@pytest.mark.parametrize(("b", "text"), [(99_999.0, "0.0 %"), (100_001.0, "0.0 %"), (99_000.0, "-1.0 %"),
+                                         (100_100.0, "+0.1 %")])  # fmt: skip
+def test_a_change_that_rounds_to_nothing_has_no_sign(b, text):
+    assert Metric(name="ops", meaning="", kind="count", a=100_000.0, b=b).change_text() == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -44,6 +45,8 @@ def test_this_installation_can_run():
         "cpu:",
         "gpu:",
         "disk for bundles",
+        "disk for stages and downloads (EFFDEPLOY_CACHE)",
+        os.environ["EFFDEPLOY_CACHE"],
         "can run",
     ):
         assert words in result.stdout

@@ -251,6 +251,9 @@ def test_a_build_stops_at_errors_and_goes_on_in_a_version_that_nobody_checked(tm
     monkeypatch.setattr(tables, "_installed", lambda backend: "11.4.0.106")
     with pytest.raises(LintError, match=r"TopK.*K is 3841"):
         check_before_build(path, "tensorrt", "auto", SILENT)
+    told = check_before_build(path, "tensorrt", "auto", SILENT, stop=False)
+    assert rules_of(told) == {"topk-k", "io-int64"}
+    assert told.count("error") == 1
     monkeypatch.setattr(tables, "_installed", lambda backend: "13.0")
     assert goal_of_backend("tensorrt") == (Goal(runtime="tensorrt", version="11.4"), False)
     assert rules_of(check_before_build(path, "tensorrt", "auto", SILENT)) == {"topk-k", "io-int64"}
@@ -273,6 +276,9 @@ def test_build_stops_before_the_builder(backend, tmp_path):
     assert result.exit_code == 23, result.stderr
     assert "types-disagree" in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
+    result = effdeploy("build", path, "--backend", backend, "--batch", 4, "--lint", "warn")
+    assert result.exit_code == 13, result.stderr  # the runtime's own refusal
+    assert "types-disagree" in result.stderr + result.stdout
 
 
 def test_what_a_build_found_is_in_its_record_and_its_warnings(tmp_path):

@@ -279,7 +279,12 @@ def test_changed_sources_are_another_version(tmp_path):
     with (package / "graph" / "passes" / "fuse_gelu.py").open("a") as stream:
         stream.write("# another pass\n")
     code_version.cache_clear()
-    assert code_version(package) != before
+    changed = code_version(package)
+    assert changed != before
+    with (package / "data" / "lint_rules.yaml").open("a") as stream:
+        stream.write("# another rule\n")
+    code_version.cache_clear()
+    assert code_version(package) != changed
     code_version.cache_clear()
 
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from deploy.artifacts import artifact_of, open_artifact
+from deploy.artifacts import artifact_of
 from deploy.backends.audit import audited, graph_types
 from deploy.backends.base import Array, BuildOptions, DeviceTimer, Feeds
 from deploy.backends.feeds import check_feeds, example_feeds
 from deploy.backends.gpu import first_gpu
+from deploy.backends.loading import engine_file
 from deploy.backends.ort_profile import Event, audit_profile, kernels_of, node_times, read_events
 from deploy.errors import BackendUnavailableError, EngineBuildError
 from deploy.records import EngineRecord, Precision, Target, TensorSpec
@@ -153,7 +154,7 @@ class OnnxRuntimeBackend:
             EngineBuildError: ONNX Runtime refuses the graph.
         """
         runtime = self._require()
-        return OnnxRuntimeRunner(runtime, open_artifact(engine.artifact, folder), options)
+        return OnnxRuntimeRunner(runtime, engine_file(engine, folder), options)
 
     def _require(self) -> Any:
         if reason := self.available():

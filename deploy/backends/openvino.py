@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from deploy.artifacts import artifact_of, open_artifact
+from deploy.artifacts import artifact_of
 from deploy.backends.audit import audited, graph_types
 from deploy.backends.base import Array, BuildOptions, DeviceTimer, Feeds
 from deploy.backends.feeds import check_feeds, example_feeds
+from deploy.backends.loading import engine_file
 from deploy.backends.openvino_kernels import audit_kernels, kernels_of, products_by_name, time_by_node
 from deploy.cpu import CPU_FEATURES, cpu_flags, usable_threads
 from deploy.errors import BackendUnavailableError, EngineBuildError, SizeError
@@ -157,7 +158,7 @@ class OpenVinoBackend:
         """
         runtime = self._require()
         self.check(options)
-        return OpenVinoRunner(runtime, open_artifact(engine.artifact, folder), options)
+        return OpenVinoRunner(runtime, engine_file(engine, folder), options)
 
     def _require(self) -> Any:
         if reason := self.available():

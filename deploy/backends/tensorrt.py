@@ -24,15 +24,24 @@ from typing import Any
 
 import numpy as np
 
-from deploy.artifacts import artifact_of, open_artifact, storage_errors
+from deploy.artifacts import artifact_of, sha256_of, storage_errors
 from deploy.backends.audit import audit_engine, audited, graph_types
 from deploy.backends.base import FP8_SM, Array, BuildOptions, DeviceTimer, Feeds
 from deploy.backends.feeds import check_feeds
 from deploy.backends.gpu import Gpu, first_gpu
 from deploy.backends.gpu_state import read_state
+from deploy.backends.loading import (
+    engine_bytes,
+    recorded_ranges,
+    require_driver,
+    require_gpu,
+    require_profiles,
+    require_version,
+    weights_file,
+)
 from deploy.backends.native import collector_paused, signals_deferred
 from deploy.backends.timing_cache import TimingCache, cache_file
-from deploy.backends.trt_config import add_profiles, choose_profile, configure, described, monitor, ranges_of
+from deploy.backends.trt_config import add_profiles, choose_profile, configure, described, monitor
 from deploy.backends.trt_layers import inspector_data, io_from_inspector, kernels_from_inspector
 from deploy.errors import BackendUnavailableError, BenchmarkError, EffdeployError, EngineBuildError
 from deploy.records import Batch, EngineRecord, Precision, Target, TensorSpec
@@ -119,6 +128,7 @@ class TensorRtBackend:
                 "driver": state.driver if (state := read_state(gpu)) else "unknown",
                 "timing_cache": timings.statement,
                 "model": model.name,
+                **({"model_sha256": sha256_of(model)} if options.strip else {}),
                 **described(options),
             },
             seconds=seconds,
@@ -129,16 +139,16 @@ class TensorRtBackend:
         """Deserialise an engine; it runs with the TensorRT version and GPU that it was built with, or is compatible to.
 
         Raises:
-            BackendUnavailableError: no package, no GPU, or the engine is of another version or GPU.
-            BundleError: the file, or the ONNX file that a stripped engine takes its weights from, is missing or was
-                changed.
+            BackendUnavailableError: no package, no GPU, or the engine is of another version, GPU or newer driver.
+            BundleError: the file, or the ONNX file that a stripped engine takes its weights from, is missing, was
+                changed or is not in the bundle; or the engine is not the one that its record describes.
         """
         gpu = self._require(options)
-        _require_version(engine, str(_runtime().__version__))
-        _require_gpu(engine, gpu)
-        plan = open_artifact(engine.artifact, folder).read_bytes()
-        stripped = engine.options.get("strip") == "yes"
-        return TensorRtRunner(plan, ranges_of(engine.options), folder / engine.options["model"] if stripped else None)
+        require_version(engine, str(_runtime().__version__))
+        require_gpu(engine, gpu)
+        require_driver(engine, state.driver if (state := read_state(gpu)) else None)
+        ranges, weights = recorded_ranges(engine), weights_file(engine, folder)
+        return TensorRtRunner(engine_bytes(engine, folder), ranges, weights, engine.artifact.name)
 
     def _require(self, options: BuildOptions) -> Gpu:
         reason, gpu = self.available(), first_gpu()
@@ -146,26 +156,6 @@ class TensorRtBackend:
             raise BackendUnavailableError(reason or "no NVIDIA GPU", hint="--backend onnxruntime runs everywhere")
         self.check(options)
         return gpu
-
-
-def _require_version(engine: EngineRecord, here: str) -> None:
-    built = engine.backend_version
-    compatible = engine.options.get("version_compatible") == "yes" and built.split(".")[0] == here.split(".")[0]
-    if built != here and not compatible:
-        raise BackendUnavailableError(
-            f"{engine.artifact.name} was built by TensorRT {built}, this machine has {here}",
-            hint="build it here: effdeploy build BUNDLE --backend tensorrt (--version-compatible for later minor ones)",
-        )
-
-
-def _require_gpu(engine: EngineRecord, gpu: Gpu) -> None:
-    built = int(engine.options.get("sm", gpu.sm))
-    level = engine.options.get("hardware", "none")
-    if built != gpu.sm and not (level == "ampere_plus" and min(built, gpu.sm) >= 80):
-        raise BackendUnavailableError(
-            f"{engine.artifact.name} is for SM {built} (hardware compatibility: {level}), this GPU is SM {gpu.sm}",
-            hint="build it here: effdeploy build BUNDLE --backend tensorrt",
-        )
 
 
 class TensorRtRunner:
@@ -182,12 +172,15 @@ class TensorRtRunner:
     device = "cuda:0"
     latency_note = "with the copies and allocations of every call: not the engine's own latency"
 
-    def __init__(self, plan: bytes, ranges: tuple[Batch, ...], weights: Path | None = None) -> None:
+    def __init__(
+        self, plan: bytes, ranges: tuple[Batch, ...], weights: Path | None = None, engine_name: str = "the engine"
+    ) -> None:
         from polygraphy.backend.trt import TrtRunner, engine_from_bytes
         from polygraphy.datatype import DataType
 
         with _translated("open the engine", BackendUnavailableError):
             self._engine = engine_from_bytes(plan)
+            require_profiles(self._engine, ranges, engine_name, _dynamic_inputs(_runtime(), self._engine))
             if weights is not None:
                 _fill(_runtime(), self._engine, weights)
             self._runner = TrtRunner(self._engine)
@@ -298,6 +291,14 @@ def _fill(trt: Any, cuda_engine: Any, model: Path) -> None:
     onnx_refitter = trt.OnnxParserRefitter(refitter, logger)
     if not onnx_refitter.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
         raise RuntimeError(f"the weights of {model.name} do not fit the stripped engine")
+
+
+def _dynamic_inputs(trt: Any, cuda_engine: Any) -> dict[str, bool]:
+    """Return each input of an engine with whether its axis 0 is dynamic."""
+    names = [cuda_engine.get_tensor_name(i) for i in range(cuda_engine.num_io_tensors)]
+    given = [name for name in names if cuda_engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    shapes = {name: tuple(cuda_engine.get_tensor_shape(name)) for name in given}
+    return {name: bool(shape) and int(shape[0]) < 0 for name, shape in shapes.items()}
 
 
 def _outputs(cuda_engine: Any, context: Any) -> Iterator[tuple[str, tuple[int, ...], int]]:

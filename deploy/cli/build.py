@@ -43,6 +43,7 @@ def build(
     ] = None,
     refit: Annotated[bool | None, typer.Option("--refit", help="Let the engine's weights be replaced.")] = None,
     strip: Annotated[bool | None, typer.Option("--strip", help="Leave the weights out of the engine.")] = None,
+    lint: Annotated[str | None, typer.Option(help="stop at lint errors (default), or warn and build.")] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Refuse a graph that is not FP32.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Refuse a graph that is not FP16.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Refuse a graph that is not BF16.")] = False,
@@ -66,6 +67,6 @@ def build(
         api.build(
             source, backend=backend, batch=batch, sm=sm, level=level, workspace=workspace, tf32=tf32,
             timing_cache=timing_cache, version_compatible=version_compatible, hardware=hardware, refit=refit,
-            strip=strip, precision=asked[0] if asked else None, device=device, threads=threads, out=out,
+            strip=strip, lint=lint, precision=asked[0] if asked else None, device=device, threads=threads, out=out,
             console=console,
         )  # fmt: skip

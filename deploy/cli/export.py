@@ -71,6 +71,10 @@ def export(
     ] = None,
     no_reuse: Annotated[bool, typer.Option("--no-reuse", help="Take no stage from an earlier run.")] = False,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Compare outputs around every pass.")] = False,
+    embed_preprocess: Annotated[
+        bool, typer.Option("--embed-preprocess", help="The graph takes uint8 NHWC images and normalises them itself.")
+    ] = False,
+    labels: Annotated[Path | None, typer.Option(help="Text file with a class name per line.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan with its cost, write nothing.")
     ] = False,
@@ -87,7 +91,8 @@ def export(
             precision=_one_precision(fp32=fp32, fp16=fp16, bf16=bf16, int8=int8, fp8=fp8), backend=backend,
             target=target, sm=sm, device=device, out=out, images=images, calib=calib, calib_method=calib_method,
             baseline=baseline, seconds=seconds, threads=threads, set_=assignments or (), until=until, from_=start,
-            reuse=not no_reuse, verify_each=verify_each, console=console,
+            reuse=not no_reuse, verify_each=verify_each, embed_preprocess=embed_preprocess, labels=labels,
+            console=console,
         )  # fmt: skip
 
 

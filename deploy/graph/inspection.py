@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import field
 from pathlib import Path
 
 import onnx
@@ -43,6 +44,7 @@ class GraphReport:
     """An ONNX file. ``macs`` are for the dynamic sizes in ``assumed``; ``uncounted`` says what they leave out.
 
     ``size`` is in bytes, external data included. ``weight_types`` counts values, ``activation_types`` tensors.
+    ``metadata`` is what the file says about itself (``metadata_props``), by key.
     """
 
     name: str
@@ -62,6 +64,7 @@ class GraphReport:
     uncounted: tuple[str, ...]
     modules: tuple[ModuleCost, ...]
     depth: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def inspect_graph(
@@ -108,6 +111,7 @@ def inspect_graph(
         uncounted=(*problem, *uncounted),
         modules=_modules(model.graph, parameters, macs, depth),
         depth=depth,
+        metadata={prop.key: prop.value for prop in model.metadata_props},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from deploy.errors import GraphPassError, StorageError
 from deploy.records import TensorSpec
 
 PRODUCER = "effdeploy"
+OWN_METADATA = "effdeploy."
+"""What the keys of metadata begin with that files keep (docs/preprocessing.md); every other is dropped."""
 
 # What onnx_graphsurgeon carries through; it drops attributes of every other type without an error.
 _CARRIED_ATTRIBUTES = frozenset(
@@ -108,6 +110,18 @@ def model_bytes(model: onnx.ModelProto) -> bytes:
     return data
 
 
+def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
+    """Return the metadata of effdeploy's own in a model, without the prefix of its keys."""
+    own = [prop for prop in model.metadata_props if prop.key.startswith(OWN_METADATA)]
+    return {prop.key.removeprefix(OWN_METADATA): prop.value for prop in own}
+
+
+def set_metadata(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
+    """Replace all metadata of a model in place, sorted by key; ``metadata`` is as ``metadata_of`` gives it."""
+    model.ClearField("metadata_props")
+    onnx.helper.set_model_props(model, {f"{OWN_METADATA}{key}": metadata[key] for key in sorted(metadata)})
+
+
 def op_counts(model: onnx.ModelProto) -> dict[str, int]:
     """Count the nodes of the main graph by operator, sorted by name; operators of other domains carry theirs."""
     counts = Counter(
@@ -171,8 +185,9 @@ def model_of(graph: gs.Graph) -> onnx.ModelProto:
 
 def _normalise(model: onnx.ModelProto) -> None:
     model.producer_name = PRODUCER
-    for field in ("producer_version", "domain", "model_version", "doc_string", "metadata_props"):
+    for field in ("producer_version", "domain", "model_version", "doc_string"):
         model.ClearField(field)
+    set_metadata(model, metadata_of(model))
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
     for function in model.functions:
         _strip(function, function.node)

@@ -16,15 +16,18 @@ from deploy.graph.io import (
     control_flow,
     graph_of,
     load_model,
+    metadata_of,
     model_bytes,
     model_of,
     op_counts,
+    set_metadata,
     tensor_specs,
     write_model,
 )
 from deploy.graph.passes import (
     CONSTANT_AXES,
     FOLD_CONSTANTS,
+    FOLD_PREPROCESS,
     FUSE_BATCH_NORM,
     FUSE_GELU,
     FUSE_GROUP_NORM,
@@ -52,6 +55,7 @@ class Step:
 _SHARED: tuple[Step, ...] = (
     Step(FOLD_CONSTANTS, "what is constant is computed once, and the passes below match on initialisers"),
     Step(CONSTANT_AXES, "TensorRT requires constant axes; shape inference knows more with them everywhere"),
+    Step(FOLD_PREPROCESS, "scaling and normalising pixels is part of the first convolution, not passes over the image"),
     Step(FUSE_BATCH_NORM, "no gain in time (runtimes do it too), but Q/DQ must see the weights that really run"),
     Step(FUSE_LAYER_NORM, "one kernel with float32 statistics, also in a float16 graph"),
 )
@@ -99,10 +103,12 @@ def run_passes(
     start = time.perf_counter()
     traced = load_model(model)
     counts, interface = op_counts(traced), (tensor_specs(traced.graph.input), tensor_specs(traced.graph.output))
+    metadata = metadata_of(traced)
     chosen = PIPELINE[target] if steps is None else steps
     patched, records = _patched(traced, chosen, verify)
     if (got := (tensor_specs(patched.graph.input), tensor_specs(patched.graph.output))) != interface:
         raise GraphPassError(f"the passes changed the inputs or outputs: got {got}, expected {interface}")
+    set_metadata(patched, metadata)
     data = model_bytes(patched)
     check_model(data)
     path = folder / PATCHED

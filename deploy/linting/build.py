@@ -14,7 +14,9 @@ from deploy.linting.table import ERROR, goal_of_backend
 from deploy.records import EngineRecord, LintRecord
 
 
-def check_before_build(path: Path, backend: str, device: str, console: Console) -> LintRecord | None:
+def check_before_build(
+    path: Path, backend: str, device: str, console: Console, *, stop: bool = True
+) -> LintRecord | None:
     """Hold a file against the rules of the backend that is about to build it.
 
     In a version beyond the table, errors count as warnings: nobody knows whether they still hold.
@@ -24,6 +26,7 @@ def check_before_build(path: Path, backend: str, device: str, console: Console) 
         backend: Its name.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``; rules about CPU kernels count where the CPU may run it.
         console: Where warnings go.
+        stop: False: errors are told as warnings are, and the backend has the last word (``engine.lint: warn``).
 
     Returns:
         What was found; ``None`` for a backend that the table knows nothing of.
@@ -35,7 +38,7 @@ def check_before_build(path: Path, backend: str, device: str, console: Console) 
     if goal is None:
         return None
     record = lint_file(path, (goal,), cpu=device == "cpu" or (device == "auto" and first_gpu() is None))
-    if covered and record.count(ERROR):
+    if covered and stop and record.count(ERROR):
         raise lint_error(record)
     warn_of_findings(record, console)
     return record

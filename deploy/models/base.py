@@ -33,6 +33,7 @@ from deploy.errors import (
 from deploy.models.checkpoint import Checkpoint, State, Template, WeightMap, fit_checkpoint, read_checkpoint
 from deploy.models.decisions import Decisions
 from deploy.models.drawing import Drawing
+from deploy.models.embedding import embed, normalised, pixel_inputs
 from deploy.models.selecting import Selection
 from deploy.models.sources import Source, choose_text, fetch, parse_source
 from deploy.models.tuning import Tuning
@@ -230,7 +231,9 @@ def load_model(system: System, recipe: Recipe, target: Target, console: Console 
     macs = _macs_of_options(system, recipe, options)
     reference, weights = _with_weights(system, recipe, options, console)
     deploy = system.to_deploy(reference, target).eval()
-    inputs = graph_inputs(system, recipe.size)
+    inputs, spec = input_specs(system, recipe), recipe.preprocess.record()
+    for module in (reference, deploy) if spec.embed else ():
+        embed(module, spec)
     record = ModelRecord(
         system=system.name,
         variant=recipe.variant,
@@ -241,7 +244,7 @@ def load_model(system: System, recipe: Recipe, target: Target, console: Console 
         deploy_parameters=_parameters(deploy),
         macs=macs,
         weights=weights,
-        preprocess=recipe.preprocess.record(),
+        preprocess=spec,
         form=system.forms[target].name,
         form_reason=system.forms[target].reason,
         seconds=time.perf_counter() - start,
@@ -314,15 +317,29 @@ def graph_inputs(system: System, size: Size) -> tuple[TensorSpec, ...]:
     )
 
 
+def input_specs(system: System, recipe: Recipe) -> tuple[TensorSpec, ...]:
+    """Return the inputs of the recipe's graph: the system's, with pixels for images where it normalises itself.
+
+    Raises:
+        RecipeError: it is to normalise, and takes no images.
+    """
+    inputs = graph_inputs(system, recipe.size)
+    return pixel_inputs(inputs) if recipe.preprocess.embed else inputs
+
+
 def example_inputs(inputs: tuple[TensorSpec, ...], batch: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Draw deterministic inputs: normal noise for floats, ones for integers."""
+    """Draw deterministic inputs: normal noise for floats, any value for pixels, ones for other integers."""
     generator = torch.Generator().manual_seed(seed)
     tensors = []
     for spec in inputs:
         shape = [batch if axis == "batch" else int(axis) for axis in spec.shape]
         dtype = getattr(torch, spec.dtype)
-        floating = dtype.is_floating_point
-        tensors.append(torch.randn(shape, generator=generator) if floating else torch.ones(shape, dtype=dtype))
+        if dtype.is_floating_point:
+            tensors.append(torch.randn(shape, generator=generator))
+        elif dtype == torch.uint8:
+            tensors.append(torch.randint(256, shape, generator=generator, dtype=dtype))
+        else:
+            tensors.append(torch.ones(shape, dtype=dtype))
     return tuple(tensors)
 
 
@@ -366,6 +383,8 @@ def measure_drift(loaded: Loaded, apart: Apart, feeds: Arrays | None = None) -> 
         TraceError: the model's outputs are all zero.
     """
     images = tuple(torch.tensor(a) for a in feeds.values()) if feeds else example_inputs(loaded.inputs, 1)
+    if loaded.record.preprocess.embed:  # what re-parameterisation changes begins behind it
+        images = (normalised(images[0], loaded.record.preprocess), *images[1:])
     doubled = tuple(t.double() if t.is_floating_point() else t for t in images)
     precise = copy.deepcopy(loaded.reference).double()
     precise_deploy = loaded.system.to_deploy(precise, loaded.target).eval()

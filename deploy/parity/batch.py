@@ -142,9 +142,10 @@ def rows_of(inputs: InputPack, count: int) -> Feeds:
 
 
 def _shifted(row: Array, times: int) -> Array:
-    if not times or not row.ndim or row.dtype.kind != "f":
+    if not times or not row.ndim or not (row.dtype.kind == "f" or row.dtype == np.uint8):
         return row
-    return np.roll(row, times * (row.shape[-1] // 5 + 1), axis=-1)
+    axis = -2 if row.dtype == np.uint8 else -1  # of pixels, the last axis is the colour
+    return np.roll(row, times * (row.shape[axis] // 5 + 1), axis=axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,12 +249,17 @@ def _places(size: int) -> dict[str, int]:
 
 
 def _noisy(feeds: Feeds, place: int, kind: str) -> Feeds:
-    """Spoil one row's float inputs; an integer input, which must stay in range, takes another row's value."""
+    """Spoil one row's float inputs, and make its pixels a checkerboard of black and white, whatever the kind.
+
+    Another integer input, which must stay in range, takes another row's value.
+    """
     noisy = {name: array.copy() for name, array in feeds.items()}
     for array in noisy.values():
         if array.dtype.kind == "f":
             signs = np.where(np.arange(array[place].size) % 2, -1, 1).reshape(array[place].shape)
             array[place] = (signs * NOISE[kind]).astype(array.dtype)
+        elif array.dtype == np.uint8:
+            array[place] = 255 * (np.arange(array[place].size) % 2).reshape(array[place].shape)
         else:
             array[place] = array[(place + 1) % len(array)]
     return noisy

@@ -40,11 +40,13 @@ class Candidate:
         stage: "deploy form", "traced", "patched", "fp16", "engine".
         precision: Chooses the tolerance.
         open: Opens the stage for inference; called once, and what it gives is closed before the next one opens.
+        sha256: Of the file that it opens, which is held against it when it is opened; empty where there is none.
     """
 
     stage: str
     precision: Precision
     open: Callable[[], Runner]
+    sha256: str = ""
 
 
 def check_parity(
@@ -196,6 +198,7 @@ def _comparison(
         failures=failures,
         per_input={group: pool(rows.take(groups == group)).max_relative for group in inputs.counts},
         precision=candidate.precision.value,
+        sha256=candidate.sha256,
     )
 
 

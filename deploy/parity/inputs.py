@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from deploy.backends.base import Array, Feeds
 from deploy.errors import ParityError
-from deploy.preprocess import normalise, preprocess
+from deploy.preprocess import channels_first, normalise, preprocess
 from deploy.records import Batch, Preprocess, TensorSpec
 
 IMAGES = "images"
@@ -93,17 +93,16 @@ def pack(
     chunks: list[Chunk] = []
     while part := list(islice(rows, batch.opt if chunks else batch.min)):
         images = np.stack([part[i % len(part)][1] for i in range(max(len(part), batch.min))])
-        feeds = {t.name: makers[t.name](images) if t.name in makers else images for t in inputs}
+        first = channels_first(images)
+        feeds = {t.name: makers[t.name](first) if t.name in makers else images for t in inputs}
         chunks.append(Chunk(feeds=feeds, groups=tuple(group for group, _ in part)))
     return InputPack(chunks=tuple(chunks))
 
 
-def _rows(
-    size: tuple[int, int], spec: Preprocess, seed: int, photos: Sequence[Path]
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield (group, float32 [3, height, width]) in a fixed order."""
+def _rows(size: tuple[int, int], spec: Preprocess, seed: int, photos: Sequence[Path]) -> Iterator[tuple[str, Array]]:
+    """Yield (group, what ``deploy.preprocess.normalise`` gives) in a fixed order."""
     for index in range(NOISE):
-        yield "noise", _generator(seed, 0, index).standard_normal((3, *size), dtype=np.float32)
+        yield "noise", _noise(size, spec, _generator(seed, 0, index))
     for index in range(NATURAL):
         yield "natural", normalise(natural(size, _generator(seed, 1, index)), spec)
     for index, make in enumerate(EXTREMES.values()):
@@ -112,12 +111,18 @@ def _rows(
         yield "photos", preprocess(path, size, spec)
 
 
+def _noise(size: tuple[int, int], spec: Preprocess, rng: np.random.Generator) -> Array:
+    if spec.embed:
+        return rng.integers(256, size=(*size, 3), dtype=np.uint8)
+    return rng.standard_normal((3, *size), dtype=np.float32)
+
+
 def _generator(*seeds: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(list(seeds)))
 
 
-def natural_image(size: tuple[int, int], spec: Preprocess, seed: int) -> NDArray[np.float32]:
-    """Draw one image with natural statistics, normalised: float32 [3, height, width]; never one of a pack's."""
+def natural_image(size: tuple[int, int], spec: Preprocess, seed: int) -> Array:
+    """Draw one image with natural statistics, as ``deploy.preprocess.normalise`` gives it; never one of a pack's."""
     return normalise(natural(size, _generator(seed, 3, 0)), spec)
 
 

@@ -43,6 +43,7 @@ from deploy.parity.validation import (
     run_file,
     run_outputs,
 )
+from deploy.preprocess import channels_first
 from deploy.records import ParityRecord, Precision, SelectionCheck, Tolerance
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def check_selection(
     expected = [model.select(chunk.feeds) for chunk in inputs.chunks]
     names = names_of(float32, model, inputs.chunks[0].feeds, expected[0], open_)
     groups = [group for chunk in inputs.chunks for group in chunk.groups]
-    height, width = next(iter(inputs.chunks[0].feeds.values())).shape[2:]
+    height, width = channels_first(next(iter(inputs.chunks[0].feeds.values()))).shape[2:]
     overlap = match_overlap((height, width))
     counts = [len(chunk.groups) for chunk in inputs.chunks]
     mine = [image for run, count in zip(expected, counts, strict=True) for image in images_of(run, count)]

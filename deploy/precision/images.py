@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from deploy.artifacts import sha256_of
 from deploy.backends.base import Array, Feeds
 from deploy.errors import ImageError
-from deploy.preprocess import find_images, preprocess
+from deploy.preprocess import channels_first, find_images, preprocess
 from deploy.records import Preprocess, TensorSpec
 
-Image = NDArray[np.float32]  # [3, height, width], normalised
+Image = NDArray[Any]  # as deploy.preprocess.normalise gives it
 Maker = Callable[[Image], Array]  # images [n, 3, height, width] -> another input of n rows
 
 MOST_SKIPPED = 0.01
@@ -91,7 +92,7 @@ class CalibrationImages:
                 self.skipped[name] = _PATH.sub("", error.message)
                 self._refuse_many(error)
                 continue
-            if not np.ptp(image, axis=(1, 2)).any():
+            if not np.ptp(channels_first(image[None]), axis=(2, 3)).any():
                 self.flat.add(name)
             yield image
 
@@ -105,7 +106,8 @@ class CalibrationImages:
 
     def _feeds(self, rows: list[Image]) -> Feeds:
         images = np.stack(rows)
-        return {t.name: images if t.name == IMAGES else self.makers[t.name](images) for t in self.inputs}
+        first = channels_first(images)
+        return {t.name: images if t.name == IMAGES else self.makers[t.name](first) for t in self.inputs}
 
 
 def images_of_folder(

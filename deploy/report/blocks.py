@@ -72,6 +72,19 @@ class Chart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """A picture that lies in the page itself; ``data`` is base64."""
+
+    kind: ClassVar[str] = "image"
+    title: str
+    sentence: str
+    media: str
+    data: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Code:
     """Lines to copy."""
 
@@ -89,7 +102,7 @@ class Details:
     blocks: tuple[Block, ...]
 
 
-Block = Text | Listing | Table | Facts | Chart | Code | Details
+Block = Text | Listing | Table | Facts | Chart | Image | Code | Details
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,6 +18,7 @@ _ROW, _BAR, _DOT = 40, 10, 3.2
 _EDGE = 2.0  # per cent left free at both ends, so that a mark on the border is seen whole
 _LABEL_START, _LABEL_END = 11, 22  # a phone has room for this many characters
 _DOTS_PER_CHART = 900
+_GUTTER, _HEIGHT = 9.0, 240  # of a scatter: room for the labels of its upright axis, and its height
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,16 @@ class Point:
     text: str
     limit: float | None = None
     bad: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spot:
+    """A numbered run on two axes; ``front``: no other run is better in both."""
+
+    number: int
+    x: float
+    y: float
+    front: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +104,35 @@ def log_points(slug: str, title: str, sentence: str, rows: Sequence[Point]) -> M
     return _svg(slug, title, sentence, height + 22, body)
 
 
+def scatter(slug: str, title: str, sentence: str, spots: Sequence[Spot], unit: str) -> Markup:
+    """Draw numbered runs: ``x`` linear from zero, ``y`` logarithmic; those that no other beats in both stand out."""
+    high = max(spot.x for spot in spots) * 1.08 or 1.0
+    logs = [math.log10(spot.y) for spot in spots]
+    low, top = math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)
+
+    def x(value: float) -> float:
+        return _GUTTER + (100 - _GUTTER - _EDGE) * value / high
+
+    def y(power: float) -> float:
+        return 12 + (_HEIGHT - 24) * (top - power) / (top - low)
+
+    step = max(1, math.ceil((top - low) / 5))
+    body = [_axis([(x(t), f"{t:g} {unit}") for t in ticks(0.0, high)], _HEIGHT)]
+    for mark_at in range(low, top + 1, step):
+        line = Markup('<line class="grid" x1="{:.2f}%" x2="100%" y1="{:.1f}" y2="{:.1f}"/>')
+        body.append(line.format(_GUTTER, y(mark_at), y(mark_at)))
+        label = Markup('<text class="axis" x="0" y="{:.1f}">{}</text>')
+        body.append(label.format(y(mark_at) + 4, f"1e{mark_at}" if mark_at else "1"))
+    for spot, power in sorted(zip(spots, logs, strict=True), key=lambda pair: pair[0].front):
+        kind = "spot-front" if spot.front else "spot"
+        mark = Markup(
+            '<circle class="{}" cx="{:.2f}%" cy="{:.1f}" r="11"/>'
+            '<text class="{}-number" x="{:.2f}%" y="{:.1f}" text-anchor="middle">{}</text>'
+        )
+        body.append(mark.format(kind, x(spot.x), y(power), kind, x(spot.x), y(power) + 4, spot.number))
+    return _svg(slug, title, sentence, _HEIGHT + 22, body)
+
+
 def strips(slug: str, title: str, sentence: str, rows: Sequence[Strip], unit: str) -> Markup:
     """Draw every sample as a dot (a long series by evenly spaced ranks), with ticks at p50 and p99.
 
@@ -110,7 +150,7 @@ def strips(slug: str, title: str, sentence: str, rows: Sequence[Strip], unit: st
     def x(value: float) -> float:
         return _EDGE + (100 - 2 * _EDGE) * (value - low) / (high - low)
 
-    pitch, body = 58, []
+    pitch, body = 74, []
     height = len(rows) * pitch
     body.append(_axis([(x(t), f"{t:g} {unit}") for t in ticks(low, high)], height))
     for index, row in enumerate(rows):
@@ -122,16 +162,17 @@ def _strip(row: Strip, y: int, x: Callable[[float], float], high: float, most: i
     finite = sorted(v for v in row.samples if math.isfinite(v))
     beyond = sum(v > high for v in finite)
     text = f"{row.text}; {beyond} beyond the axis" if beyond else row.text
-    body = [_heading(y, row.label, text), _track(y + 20, 28)]
+    # Label and figures on lines of their own: side by side they would run into each other on a phone.
+    body = [_heading(y, row.label, ""), _words(y + 30, text), _track(y + 36, 28)]
     dots = Markup("").join(
-        Markup('<circle cx="{:.1f}%" cy="{:.1f}" r="{}"/>').format(x(v), y + 34 + 18 * ((i * 0.618034) % 1 - 0.5), _DOT)
+        Markup('<circle cx="{:.1f}%" cy="{:.1f}" r="{}"/>').format(x(v), y + 50 + 18 * ((i * 0.618034) % 1 - 0.5), _DOT)
         for i, v in enumerate(thin(finite, most))
         if v <= high
     )
     body.append(Markup('<g class="dots">{}</g>').format(dots))
     for kind, value in (("p50", row.p50), ("p99", row.p99)):
         if math.isfinite(value) and value <= high:
-            body.append(_tick(kind, x(value), y + 18, y + 50))
+            body.append(_tick(kind, x(value), y + 34, y + 66))
     return body
 
 
@@ -166,6 +207,10 @@ def _heading(y: int, label: str, text: str, *, bad: bool = False) -> Markup:
         '<text class="label" x="0" y="{0}"><title>{1}</title>{2}</text>'
         '<text class="{3}" x="100%" y="{0}" text-anchor="end">{4}</text>'
     ).format(y + 14, label, short, "value bad" if bad else "value", text)
+
+
+def _words(y: int, text: str) -> Markup:
+    return Markup('<text class="value" x="0" y="{}">{}</text>').format(y, text)
 
 
 def _track(y: int, height: int) -> Markup:

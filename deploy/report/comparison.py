@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from deploy import summary, units
 from deploy.records import RunRecord
-from deploy.report import charts
+from deploy.report import charts, words
 from deploy.report.blocks import BAD, GOOD, WARN, Block, Cell, Chart, Listing, Page, Section, Table, Text, cells
 from deploy.report.page import TONES, error_tile, failures_of, latency_tile, size_tile
+
+FLOOR = 1e-12  # where a drift of nothing lies on a logarithmic axis
 
 
 def comparison_page(runs: Sequence[RunRecord]) -> Page:
@@ -27,7 +30,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> Page:
         failures=tuple(f"{r.name}: {w}" for r in runs for w in failures_of(r)),
         warnings=(),
         tiles=(),
-        sections=(_overview(runs), _compared_latency(runs), _machines(runs)),
+        sections=(_overview(runs), _pareto(runs), _compared_latency(runs), _machines(runs)),
         footer=f"drawn from {len(runs)} manifests alone",
     )
 
@@ -62,6 +65,65 @@ def _overview(runs: Sequence[RunRecord]) -> Section:
         )
     table = Table(title="Runs", columns=columns, rows=tuple(rows), numeric=frozenset(columns[4:7]))
     return Section(slug="overview", title="Overview", blocks=(table,))
+
+
+def _pareto(runs: Sequence[RunRecord]) -> Section:
+    """Set latency against drift: what an engine's outputs are off from PyTorch; one chart for what can be compared."""
+    groups: dict[tuple[str, ...], list[_Placed]] = {}
+    absent: list[str] = []
+    for number, run in enumerate(runs, 1):
+        latency, error = summary.main_latencies(run.bench)[:1] if run.bench else (), _drift(run)
+        if not latency or not math.isfinite(latency[0].p50) or error is None:
+            absent.append(f"{number} {run.name}: {'no latency' if not latency else 'no finite error'}")
+            continue
+        c = latency[0]
+        where = (run.environment.cpu, c.device, words.conditions(c), f"batch {c.batch}")
+        groups.setdefault(where, []).append(_Placed(number=number, name=run.name, p50=c.p50, drift=error))
+    blocks: list[Block] = []
+    for index, (where, placed) in enumerate(groups.items()):
+        blocks += _pareto_blocks(index, where, placed)
+    if absent:
+        blocks.append(Listing(items=tuple(absent), tone=WARN))
+    return Section(slug="pareto", title="Latency against drift", blocks=tuple(blocks))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Placed:
+    """A run on the plane of latency (milliseconds) and drift (a share of the largest output)."""
+
+    number: int
+    name: str
+    p50: float
+    drift: float
+
+    def beaten(self, others: Sequence[_Placed]) -> bool:
+        """Whether another run is at least as good in both, and better in one."""
+        return any(o.p50 <= self.p50 and o.drift <= self.drift and (o.p50, o.drift) != (self.p50, self.drift)
+                   for o in others)  # fmt: skip
+
+
+def _drift(run: RunRecord) -> float | None:
+    worst = summary.worst(summary.last_stage(run))
+    return worst.max_relative if worst is not None and math.isfinite(worst.max_relative) else None
+
+
+def _pareto_blocks(index: int, where: tuple[str, ...], placed: Sequence[_Placed]) -> list[Block]:
+    title = f"Latency p50 against drift, {where[3]}, {where[2]}"
+    sentence = (
+        "To the left is faster, down is nearer to float32 PyTorch (largest error of the last stage, of the largest "
+        "output; logarithmic). Filled: no other run is better in both."
+    )
+    spots = [charts.Spot(number=p.number, x=p.p50, y=max(p.drift, FLOOR), front=not p.beaten(placed)) for p in placed]
+    svg = charts.scatter(f"chart-pareto-{index}", title, sentence, spots, "ms")
+    legend = (("spot-front", "not beaten in both"), ("spot", "beaten"))
+    rows = tuple(
+        cells(str(p.number), p.name, units.milliseconds(p.p50), units.number(p.drift),
+              Cell(text="no", tone=GOOD) if not p.beaten(placed) else "yes")
+        for p in placed
+    )  # fmt: skip
+    columns = ("number", "run", "latency p50", "drift", "beaten in both")
+    table = Table(title=f"On {where[0]}", columns=columns, rows=rows, numeric=frozenset({"latency p50", "drift"}))
+    return [Chart(title=title, sentence=sentence, svg=svg, legend=legend), table]
 
 
 def _compared_latency(runs: Sequence[RunRecord]) -> Section:

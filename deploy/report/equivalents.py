@@ -56,12 +56,18 @@ def polygraphy_engine(run: RunRecord, engine: EngineRecord) -> str:
         batch = Batch.parse(text)
         for bound, size in (("min", batch.min), ("opt", batch.opt), ("max", batch.max)):
             words += [f"--trt-{bound}-shapes", *(f"{s.name}:[{_dims(s, size, ',')}]" for s in dynamic)]
-    words += ["--builder-optimization-level", engine.options["level"]]
+    words += [*pixel_range(run.trace.inputs), "--builder-optimization-level", engine.options["level"]]
     words += ["--tf32"] if engine.options["tf32"] == "True" else []
     tolerance = run.parity.tolerances.get(run.precision.precision.value) if run.parity else None
     if tolerance and tolerance.cosine is not None:
         words += ["--compare", "cosine_similarity", "--cosine-similarity-threshold", repr(tolerance.cosine)]
     return shlex.join(words)
+
+
+def pixel_range(inputs: Sequence[TensorSpec]) -> list[str]:
+    """Return the words that let polygraphy draw pixels: it takes numbers from 0 to 1 else, for integers too."""
+    pixels = [f"{spec.name}:[0,255]" for spec in inputs if spec.dtype == "uint8"]
+    return ["--val-range", *pixels] if pixels else []
 
 
 def tensorrt_commands(run: RunRecord) -> str:

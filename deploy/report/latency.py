@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from deploy import units
+from deploy import summary, units
 from deploy.records import BenchRecord, Latency, RunRecord, Stage
 from deploy.report import charts, words
-from deploy.report.blocks import QUIET, WARN, Block, Chart, Listing, Section, Table, Text, cells
+from deploy.report.blocks import BAD, QUIET, WARN, Block, Chart, Listing, Section, Table, Text, cells
 
 
 def latency(run: RunRecord) -> Section:
@@ -22,6 +22,9 @@ def latency(run: RunRecord) -> Section:
         blocks.append(Text(text=words_on_time, tone=WARN))
     if bench.warnings:
         blocks.append(Listing(items=bench.warnings, tone=WARN))
+    same, told = summary.timed_and_compared(run)
+    blocks += [Text(text=told, tone=QUIET if same else BAD)] if told else []
+    blocks += [Text(text=summary.noise_line(bench.noise), tone=QUIET)] if bench.noise else []
     blocks += [_strip_chart(bench, batch) for batch in sorted({c.batch for c in bench.latencies})]
     blocks += [_ratio_table(bench), _latency_table(bench), _module_chart(bench)]
     return Section(slug="latency", title="Latency", blocks=tuple(blocks))
@@ -51,13 +54,20 @@ def _strip_chart(bench: BenchRecord, batch: int) -> Block:
 def _ratio_table(bench: BenchRecord) -> Block:
     if not bench.ratios:
         return Text(text="Ratios: not run: no baseline was asked for (--baseline eager,compile,naive).", tone=QUIET)
-    columns = ("candidate", "baseline", "batch", "speed-up (p10 to p90)", "rounds")
+    columns = ("candidate", "baseline", "batch", "speed-up (p10 to p90)", "95 % of the median", "rounds")
     return Table(
         title="Against the baselines, interleaved round by round",
         columns=columns,
         numeric=frozenset(columns[2:]),
         rows=tuple(
-            cells(r.name, r.baseline, str(r.batch), units.ratio(r.median, r.p10, r.p90), units.count(r.rounds))
+            cells(
+                r.name,
+                r.baseline,
+                str(r.batch),
+                units.ratio(r.median, r.p10, r.p90),
+                units.interval(r.interval),
+                units.count(r.rounds),
+            )
             for r in bench.ratios
         ),
     )
@@ -65,7 +75,9 @@ def _ratio_table(bench: BenchRecord) -> Block:
 
 def _latency_table(bench: BenchRecord) -> Table:
     notes = any(c.note for c in bench.latencies)
-    figures = ("batch", "p50", "p90", "p95", "p99", "mean", "CoV", "images/s", "calls", "peak memory", "build")
+    figures = (
+        "batch", "p50", "95 % of p50", "p90", "p95", "p99", "mean", "CoV", "images/s", "calls", "peak memory", "build",
+    )  # fmt: skip
     return Table(
         title="Latency in figures, one call",
         columns=("candidate", *figures, *(("note",) if notes else ())),
@@ -74,7 +86,9 @@ def _latency_table(bench: BenchRecord) -> Table:
             cells(
                 _candidate(c),
                 str(c.batch),
-                *(units.milliseconds(v) for v in (c.p50, c.p90, c.p95, c.p99, c.mean)),
+                units.milliseconds(c.p50),
+                units.interval(c.interval),
+                *(units.milliseconds(v) for v in (c.p90, c.p95, c.p99, c.mean)),
                 units.percent(c.cov),
                 units.number(c.throughput),
                 units.count(_calls(c)),

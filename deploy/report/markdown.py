@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from deploy.report.blocks import Block, Cell, Chart, Code, Details, Facts, Listing, Page, Table, Text
+from deploy.report.blocks import Block, Cell, Chart, Code, Details, Facts, Image, Listing, Page, Table, Text
 
 _SPECIAL = re.compile(r"[\\`*{<|\[\]~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
 _AT_LINE_START = re.compile(r"^(\d*)([#>+.)-])(?=\s|[#-])")
@@ -48,7 +48,7 @@ def _block(block: Block) -> list[str]:
         return _table(block)
     if isinstance(block, Facts):
         return _facts(block)
-    if isinstance(block, Chart):
+    if isinstance(block, (Chart, Image)):
         return [f"{escape(block.title)}. {escape(block.sentence)}"]
     if isinstance(block, Code):
         return _code(block)

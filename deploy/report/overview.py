@@ -8,6 +8,23 @@ from deploy.report import words
 from deploy.report.blocks import WARN, Block, Cell, Details, Facts, Section, Table, cells
 from deploy.report.lint import lint_blocks
 
+FOLD = "fold_preprocess"  # the pass
+
+
+def _images(run: RunRecord) -> str:
+    """Say what the graph takes, and where pixels are normalised."""
+    names = [spec.name for spec in run.trace.inputs] if run.trace else []
+    if names and "images" not in names:
+        return f"none: the graph takes {', '.join(names)}"
+    if not run.model.preprocess.embed:
+        return "float32 [N, 3, height, width], scaled and normalised before the graph"
+    taken = "uint8 [N, height, width, 3], scaled and normalised by the graph"
+    passes = [p for p in run.passes.passes if p.name == FOLD] if run.passes else []
+    if not passes:
+        return taken
+    where = "inside the first convolution" if passes[0].sites else "by operators of their own"
+    return f"{taken}, {where}" + (f"; {'; '.join(passes[0].declined)}" if passes[0].declined else "")
+
 
 def asked_and_ran(run: RunRecord) -> Section:
     """Show what was asked beside what the engines compute in."""
@@ -18,6 +35,7 @@ def asked_and_ran(run: RunRecord) -> Section:
             "asked precision",
             Cell(text=run.precision.precision.value if run.precision else summary.why_missing(run, "precision")),
         ),
+        ("images", Cell(text=_images(run))),
         ("graph lowered for", Cell(text=run.passes.target.value if run.passes else summary.why_missing(run, "passes"))),
     ]
     blocks: list[Block] = [Facts(rows=tuple(rows))]

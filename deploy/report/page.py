@@ -48,6 +48,8 @@ def failures_of(run: RunRecord) -> tuple[str, ...]:
     broken = [f"{c.stage}, {c.output}: {'; '.join(c.failures)}" for c in comparisons if not c.passed]
     batches = run.parity.batches.checks if run.parity and run.parity.batches else ()
     broken += [f"{c.stage}: {summary.batch_failure(c)}" for c in batches if not c.ok]
+    same, told = summary.timed_and_compared(run)
+    broken += [] if same else [told]
     return (*broken, *(f"{name}: {text}" for name, text, ok in summary.precision_ran(run) if not ok))
 
 

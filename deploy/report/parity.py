@@ -5,7 +5,7 @@ from __future__ import annotations
 from deploy import summary, units
 from deploy.records import Comparison, ParityRecord, RunRecord, Tolerance
 from deploy.report import charts, words
-from deploy.report.blocks import BAD, GOOD, QUIET, Block, Chart, Details, Listing, Section, Table, Text, cells
+from deploy.report.blocks import BAD, GOOD, QUIET, Block, Chart, Details, Image, Listing, Section, Table, Text, cells
 
 
 def parity(run: RunRecord) -> Section:
@@ -24,6 +24,10 @@ def parity(run: RunRecord) -> Section:
     blocks += _decision_blocks(record)
     blocks += _selection_blocks(run)
     blocks += _batch_blocks(run)
+    blocks += [
+        Image(title=p.title, sentence=p.sentence, media=p.media, data=p.data, width=p.width, height=p.height)
+        for p in record.pictures
+    ]
     if record.notes:
         blocks.append(Listing(items=record.notes, tone=QUIET))
     return Section(slug="parity", title=title, blocks=tuple(blocks))

@@ -10,7 +10,7 @@ from typing import Any
 from deploy import summary, units
 from deploy.records import RunRecord, Stage, TraceRecord, to_json
 from deploy.report.blocks import WARN, Block, Cell, Code, Details, Facts, Section, Table, Text, cells
-from deploy.report.equivalents import tensorrt_commands
+from deploy.report.equivalents import pixel_range, tensorrt_commands
 
 # What of a recipe has an option of its own; the precision is an option by itself.
 _OPTIONS = (
@@ -25,6 +25,7 @@ _OPTIONS = (
     ("parity.images", "--images"),
     ("bench.baselines", "--baseline"),
     ("bench.threads", "--threads"),
+    ("labels", "--labels"),
 )
 
 
@@ -79,8 +80,9 @@ def environment(run: RunRecord) -> Section:
         else (("kind", w.kind),)
     )
     fit = "stretched" if p.fit == "stretch" else f"crop {p.crop:g}"
+    where = "in the graph except " if p.embed else ""
     image = (
-        f"{fit}, {p.interpolation}, mean {', '.join(f'{v:g}' for v in p.mean)}, "
+        f"{where}{fit}, {p.interpolation}, mean {', '.join(f'{v:g}' for v in p.mean)}, "
         f"std {', '.join(f'{v:g}' for v in p.std)}"
     )
     rows = [
@@ -129,6 +131,8 @@ def export_command(run: RunRecord) -> str:
         text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
         if value is not None and text:
             words += [f"--{text}"] if option == "--" else [option, text]
+    if run.model.preprocess.embed:
+        words.append("--embed-preprocess")
     if run.until is not Stage.REPORT:
         words += ["--until", run.until.value]
     return shlex.join(words)
@@ -145,7 +149,7 @@ def polygraphy_commands(run: RunRecord) -> str:
     """Return two ``polygraphy run`` lines that hold the typed file against the traced one on ONNX Runtime."""
     if run.trace is None or run.precision is None:
         return ""
-    seeded = ["--onnxrt", "--seed", "0", *_input_shapes(run.trace)]
+    seeded = ["--onnxrt", "--seed", "0", *_input_shapes(run.trace), *pixel_range(run.trace.inputs)]
     first = ["polygraphy", "run", run.trace.artifact.name, *seeded, "--save-outputs", "traced.json"]
     second = ["polygraphy", "run", run.precision.artifact.name, *seeded, "--load-outputs", "traced.json"]
     tolerance = run.parity.tolerances.get(run.precision.precision.value) if run.parity else None

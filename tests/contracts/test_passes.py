@@ -71,15 +71,17 @@ def with_branch() -> onnx.ModelProto:
 
 
 def outputs_of(model: onnx.ModelProto, seed: int, batch: int) -> dict[str, np.ndarray]:
-    """Run a model as it stands, on standard normal inputs."""
+    """Run a model as it stands, on standard normal inputs; pixels are of any value."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    draw = np.random.default_rng(seed).standard_normal
-    feeds = {
-        i.name: draw([d if isinstance(d, int) else batch for d in i.shape]).astype(np.float32)
-        for i in session.get_inputs()
-    }
+    generator = np.random.default_rng(seed)
+    feeds = {}
+    for i in session.get_inputs():
+        shape = [d if isinstance(d, int) else batch for d in i.shape]
+        pixels = i.type == "tensor(uint8)"
+        drawn = generator.integers(256, size=shape) if pixels else generator.standard_normal(shape)
+        feeds[i.name] = drawn.astype(np.uint8 if pixels else np.float32)
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
 
 

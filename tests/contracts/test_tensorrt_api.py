@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SURFACES = sorted((ROOT / "tests" / "data" / "tensorrt-api").glob("*.json"))
-SOURCES = ["tensorrt", "tensorrt_rtx", "trt_config", "timing_cache"]
+SOURCES = ["tensorrt", "tensorrt_rtx", "trt_config", "timing_cache", "loading"]
 MODULES = {"trt", "tensorrt", "tensorrt_rtx"}
 OBJECTS = {
     "builder": "Builder",

@@ -377,7 +377,7 @@ def test_several_runs_give_a_comparison(tmp_path: Path) -> None:
     page = Reader(html.read_text(encoding="utf-8"))
     assert "2 of 6 runs passed, 2 failed, 2 not fully judged" in page.text
     assert page.text.index("FAILED") < page.text.index("Overview")
-    assert page.tags.count("svg") == 1
+    assert page.tags.count("svg") == 2  # latency against drift, and latency by batch
     assert "script" not in page.tags
     assert markdown.read_text(encoding="utf-8").startswith("# FAILED: ")
 

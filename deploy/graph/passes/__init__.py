@@ -5,6 +5,7 @@ from __future__ import annotations
 from deploy.graph.base import GraphPass
 from deploy.graph.passes.constant_axes import CONSTANT_AXES
 from deploy.graph.passes.fold_constants import FOLD_CONSTANTS
+from deploy.graph.passes.fold_preprocess import FOLD_PREPROCESS
 from deploy.graph.passes.fuse_batch_norm import FUSE_BATCH_NORM
 from deploy.graph.passes.fuse_gelu import FUSE_GELU
 from deploy.graph.passes.fuse_group_norm import FUSE_GROUP_NORM
@@ -17,6 +18,7 @@ from deploy.graph.passes.share_initializers import SHARE_INITIALIZERS
 PASSES: tuple[GraphPass, ...] = (
     FOLD_CONSTANTS,
     CONSTANT_AXES,
+    FOLD_PREPROCESS,
     FUSE_BATCH_NORM,
     FUSE_LAYER_NORM,
     FUSE_GROUP_NORM,
@@ -30,6 +32,7 @@ PASSES: tuple[GraphPass, ...] = (
 __all__ = [
     "CONSTANT_AXES",
     "FOLD_CONSTANTS",
+    "FOLD_PREPROCESS",
     "FUSE_BATCH_NORM",
     "FUSE_GELU",
     "FUSE_GROUP_NORM",
