@@ -14,6 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deploy.answers import BisectRecord as BisectRecord
     from deploy.answers import ConversionRecord as ConversionRecord
     from deploy.answers import EvalRecord as EvalRecord
     from deploy.answers import PackageRecord as PackageRecord
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from deploy.answers import SystemRecord as SystemRecord
     from deploy.answers import TuneRecord as TuneRecord
     from deploy.api import benchmark as benchmark
+    from deploy.api import bisect as bisect
     from deploy.api import build as build
     from deploy.api import convert as convert
     from deploy.api import diagnose as diagnose
@@ -65,12 +67,12 @@ __version__ = "0.1.0"
 # Where each public name lives. No function has the name of a submodule: importing that would take its place.
 _HOMES = {
     "deploy.answers": (
-        "ConversionRecord", "EvalRecord", "PackageRecord", "PlanRecord", "PredictionRecord", "ShowRecord",
-        "SystemRecord", "TuneRecord",
+        "BisectRecord", "ConversionRecord", "EvalRecord", "PackageRecord", "PlanRecord", "PredictionRecord",
+        "ShowRecord", "SystemRecord", "TuneRecord",
     ),
     "deploy.api": (
-        "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "lint", "package", "plan",
-        "predict", "render", "show", "systems", "tune", "verify",
+        "benchmark", "bisect", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "lint",
+        "package", "plan", "predict", "render", "show", "systems", "tune", "verify",
     ),
     "deploy.comparing": ("BundleDiff",),
     "deploy.console": ("Console", "Mode"),

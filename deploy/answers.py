@@ -226,3 +226,119 @@ class EvalRecord:
     agreement: float | None
     notes: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()  # images that were left out
+
+
+@record
+class Apart:
+    """How far outputs are from those of the float32 graph over ``images``; NaN or infinity give an infinite ``error``.
+
+    ``error`` is the relative L2 distance of the worst output, ``cosine`` that of the worst image, ``top1`` the share of
+    images with the same best class, ``matched`` that of detections above 0.5 with a partner; ``None``: there are none.
+    """
+
+    images: int
+    error: float
+    cosine: float
+    top1: float | None = None
+    matched: float | None = None
+
+
+@record
+class StageError:
+    """A stage's file against the traced graph."""
+
+    stage: str
+    apart: Apart
+
+
+@record
+class ModuleError:
+    """A module switched between the float32 and the low-precision graph: it ``alone`` is low, or ``without`` it all is.
+
+    ``nodes`` counts those that differ in the two graphs.
+    """
+
+    module: str
+    depth: int
+    nodes: int
+    alone: Apart
+    without: Apart
+
+
+@record
+class BoundaryError:
+    """Relative L2 distance of both graphs' activations where they enter a module, and where they leave it."""
+
+    module: str
+    tensor: str  # the worst that leaves
+    before: float
+    after: float
+    jump: bool
+
+
+@record
+class BisectRecord:
+    """Where the error of a reduced-precision bundle comes from. ``jump`` names the first module whose error jumps."""
+
+    bundle: str
+    precision: str
+    backend: str
+    images: str
+    whole: Apart
+    stages: tuple[StageError, ...]
+    boundaries: tuple[BoundaryError, ...]
+    modules: tuple[ModuleError, ...]
+    jump: str
+    worst: str
+    verdict: str
+    plot: str
+    runs: int  # graphs that were run; the others were known from an earlier search
+    seconds: float
+
+
+@record
+class BudgetPoint:
+    """A choice of modules that stay high, with its drift and, where it can be timed here, its latency.
+
+    ``speedup`` is over FP32, the median of interleaved rounds; ``None``: not timed.
+    """
+
+    name: str
+    kept: int
+    apart: Apart
+    meets: bool
+    milliseconds: float | None = None
+    speedup: float | None = None
+    p10: float | None = None
+    p90: float | None = None
+    front: bool = False
+    chosen: bool = False
+
+
+@record
+class Sensitivity:
+    """A module, and what the network loses when it alone is in low precision."""
+
+    module: str
+    apart: Apart
+
+
+@record
+class BudgetRecord:
+    """What ``--budget`` found: ``kept`` modules of ``modules`` stay high. ``recipe`` is empty where none meets it."""
+
+    system: str
+    variant: str
+    precision: str
+    budget: str
+    images: str
+    modules: int
+    kept: tuple[str, ...]
+    order: tuple[Sensitivity, ...]  # the most sensitive first; empty where nothing had to be searched
+    points: tuple[BudgetPoint, ...]
+    advice: str  # what is better here; empty where the chosen one is
+    verdict: str
+    recipe: str
+    plot: str
+    runs: int
+    seconds: float

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploy.choosing import bisect as bisect
 from deploy.choosing import show as show
 from deploy.choosing import tune as tune
 from deploy.finished import benchmark as benchmark
@@ -62,6 +63,7 @@ def export(
     images: PathLike | None = None,
     calib: PathLike | None = None,
     calib_method: str | None = None,
+    budget: str | None = None,
     baseline: Names | None = None,
     seconds: float | None = None,
     threads: int | None = None,
@@ -92,6 +94,8 @@ def export(
         images: Folder of real photos, added to the deterministic inputs.
         calib: Folder of images that INT8 and FP8 measure ranges on.
         calib_method: ``"minmax"``, ``"percentile"``, ``"mse"`` or ``"entropy"``.
+        budget: ``"cosine=0.999"``, ``"top1=0.1"`` (points) or ``"matched=0.99"``: INT8 and FP8 keep the fewest modules
+            in higher precision that meet it; the recipe of the choice lies beside ``out``.
         baseline: Any of ``"eager"``, ``"compile"``, ``"naive"``; a sequence, or one text with commas.
         seconds: Measure at least this long per candidate.
         threads: CPU threads of every candidate while measuring.
@@ -111,6 +115,7 @@ def export(
         RecipeError: An option or the recipe file is wrong; lists every mistake.
         UnknownNameError: No such system, variant, backend or stage.
         ParityError: Outputs are out of tolerance; the bundle beside ``out`` holds the evidence.
+        BudgetError: No choice of modules meets the budget.
         EffdeployError: Any other stage failed; nothing is left behind.
     """
     from deploy.pipeline import run
@@ -123,7 +128,11 @@ def export(
     )  # fmt: skip
     first, last, folder = road_of(recipe, from_, until, out)
     console = console_or_silence(console)
-    console.steps = last.order + 1
+    console.steps = 0 if budget else last.order + 1
+    if budget is not None:
+        from deploy.budgeting import Budget, recipe_within
+
+        recipe = recipe_within(recipe, Budget.parse(budget), folder, console, reuse=reuse)
     return run(recipe, folder, until=last, start=first, reuse=reuse, console=console)
 
 
@@ -143,6 +152,7 @@ def plan(
     images: PathLike | None = None,
     calib: PathLike | None = None,
     calib_method: str | None = None,
+    budget: str | None = None,
     baseline: Names | None = None,
     seconds: float | None = None,
     threads: int | None = None,
@@ -159,8 +169,8 @@ def plan(
 
     Args:
         system, variant, weights, size, batch, precision, backend, target, sm, device, out, images, calib,
-        calib_method, baseline, seconds, threads, set_, until, from_, reuse, verify_each, embed_preprocess, labels,
-        console: As for ``export``.
+        calib_method, budget, baseline, seconds, threads, set_, until, from_, reuse, verify_each, embed_preprocess,
+        labels, console: As for ``export``.
 
     Returns:
         Stages, files with estimated sizes, seconds where earlier runs on this machine measured them, space.
@@ -168,6 +178,7 @@ def plan(
     Raises:
         EffdeployError: Whatever the export itself would raise for this input before its first stage.
     """
+    from deploy.budgets import Budget
     from deploy.planning import plan_export, show
 
     recipe = recipe_of(
@@ -178,6 +189,8 @@ def plan(
     )  # fmt: skip
     first, last, folder = road_of(recipe, from_, until, out)
     console = console_or_silence(console)
+    if budget is not None:
+        Budget.parse(budget).refuse_precision(recipe.precision)
     planned = plan_export(recipe, folder, until=last, start=first, reuse=reuse, console=console)
     show(planned, console)
     return planned

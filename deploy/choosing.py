@@ -1,4 +1,4 @@
-"""The functions of ``deploy.api`` for networks that choose: which schedule to run, and what an engine chose."""
+"""The functions of ``deploy.api`` that look for something: a schedule, the source of an error, what an engine chose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from deploy.keywords import Assignments, PathLike, Size, console_or_silence, path_of, recipe_of
 
 if TYPE_CHECKING:
-    from deploy.answers import ShowRecord, TuneRecord
+    from deploy.answers import BisectRecord, ShowRecord, TuneRecord
     from deploy.console import Console
 
 
@@ -65,6 +65,38 @@ def tune(
     )  # fmt: skip
     path = path_of(out) or Path(f"{recipe.system}-{recipe.variant}-tuned.yaml")
     return tune_recipe(recipe, goal, path, console_or_silence(console))
+
+
+def bisect(
+    bundle: PathLike,
+    *,
+    images: PathLike | None = None,
+    backend: str | None = None,
+    out: PathLike | None = None,
+    console: Console | None = None,
+) -> BisectRecord:
+    """Find where the error of a reduced-precision bundle comes from: ``effdeploy bisect``.
+
+    Args:
+        bundle: Bundle folder, in FP16, BF16, INT8 or FP8; one that failed parity as well.
+        images: Folder of photos; default: those of the bundle's recipe, else generated ones.
+        backend: What runs the graphs; default: ONNX Runtime's CPU provider.
+        out: The plot, SVG; default: named after the bundle, in the current folder.
+        console: Where progress goes; nowhere when left out.
+
+    Returns:
+        Errors by stage, along the network and by module, and the first module whose error jumps.
+
+    Raises:
+        BundleError: The bundle is in FP32, or a file was changed.
+        PrecisionError: The nodes of its files cannot be told apart.
+        BackendUnavailableError: The backend cannot run here.
+    """
+    from deploy.bisecting import bisect_bundle
+
+    return bisect_bundle(
+        Path(bundle), console_or_silence(console), images=path_of(images), backend=backend, out=path_of(out)
+    )
 
 
 def show(

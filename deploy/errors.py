@@ -22,7 +22,8 @@ EffdeployError (1)
 ├── DownloadError (20)              weights that cannot be fetched, or that are not what was pinned
 ├── GateError (21)                  a --fail-if gate of diff fired
 ├── TuningError (22)                no schedule does what tune was asked for
-└── LintError (23)                  an ONNX file that the runtime is known to refuse
+├── LintError (23)                  an ONNX file that the runtime is known to refuse
+└── BudgetError (24)                no choice of modules meets the accuracy budget
 ```
 
 Exit code 2 belongs to the command-line parser (usage), 130 to Ctrl-C. A code is never reused: scripts depend on it.
@@ -179,6 +180,12 @@ class LintError(EffdeployError):
 
     exit_code = 23
     record: object = None
+
+
+class BudgetError(EffdeployError):
+    """No choice of modules kept in higher precision meets what ``--budget`` asks; the best reachable is named."""
+
+    exit_code = 24
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

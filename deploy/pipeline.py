@@ -31,6 +31,7 @@ from deploy.backends import load_backend
 from deploy.backends.base import Backend
 from deploy.console import Console, Mode
 from deploy.errors import BackendUnavailableError, BundleError, ParityError
+from deploy.precision.images import chosen_images
 from deploy.preprocess import find_images
 from deploy.recipe import Recipe
 from deploy.records import (
@@ -201,11 +202,13 @@ def check_request(recipe: Recipe, until: Stage, backend: Backend) -> None:
     """Refuse what would fail only after minutes of work.
 
     Raises:
-        ImageError: the folder of photos cannot be used.
+        ImageError: the folder of photos, or of calibration images, cannot be used.
         BackendUnavailableError: the backend cannot build here.
     """
     if recipe.parity.images and until.order >= Stage.PARITY.order:
         find_images(recipe.parity.images, 1)
+    if recipe.quantization.calib and recipe.precision.quantised and until.order >= Stage.PRECISION.order:
+        chosen_images(recipe.quantization.calib, 1)
     if until.order >= Stage.ENGINE.order and (reason := backend.available()):
         raise BackendUnavailableError(f"backend {backend.name}: {reason}", hint="or --backend onnxruntime")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _GENERATED, _CALIBRATION_SEED, _CALIBRATION_BATCH = 16, 1000, 8
 
+_JUDGED, _JUDGING_SEED = 16, 3000
 
 def resolve_recipe(
     name_or_file: str, options: Mapping[str, tuple[str, Any]] | None = None, assignments: Sequence[str] = ()
@@ -216,3 +218,31 @@ def sample_feeds(inputs: InputPack, count: int) -> Feeds:
                 for name, array in chunk.feeds.items():
                     chosen.setdefault(name, []).append(array[row])
     return {name: np.stack([rows[i % len(rows)] for i in range(count)]) for name, rows in chosen.items()}
+def judged_images(system: System, recipe: Recipe) -> CalibrationImages:
+    """Return what precisions are judged on: the recipe's photos, else its calibration images, else generated ones.
+
+    The generated ones are neither those of the calibration nor those of parity.
+
+    Raises:
+        ImageError: the folder is missing, unreadable, or holds no image.
+    """
+    from deploy.models.base import specialised  # as in _mistakes
+
+    spec, system = recipe.preprocess.record(), specialised(system, recipe)
+    batch = max(recipe.batch.min, min(recipe.batch.opt, _CALIBRATION_BATCH))
+    folder = recipe.parity.images or recipe.quantization.calib
+    if folder is not None:
+        found = images_of_folder(
+            folder, recipe.size, spec, limit=recipe.parity.max_images, batch=batch, inputs=system.inputs,
+            makers=system.feeds,
+        )  # fmt: skip
+        flag = "--images" if recipe.parity.images else "--calib, on which the ranges were measured"
+        return dataclasses.replace(found, source=f"{len(found.names)} images of {flag}")
+    found = generated_images(
+        lambda index: natural_image(recipe.size, spec, _JUDGING_SEED + index), _JUDGED,
+        identity=f"natural {_JUDGING_SEED} {recipe.size} {spec}", batch=batch, inputs=system.inputs,
+        makers=system.feeds,
+    )  # fmt: skip
+    return dataclasses.replace(found, warnings=())
+
+

@@ -23,12 +23,13 @@ ROOT = Path(__file__).parent.parent
 
 # The public names. A name that goes is a breaking change; a new one is added here on purpose.
 FUNCTIONS = {
-    "benchmark", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "lint", "package", "plan",
-    "predict", "render", "show", "systems", "tune", "verify",
+    "benchmark", "bisect", "build", "convert", "diagnose", "diff", "evaluate", "export", "inspect", "lint",
+    "package", "plan", "predict", "render", "show", "systems", "tune", "verify",
 }  # fmt: skip
 TYPES = {
-    "BenchRecord", "BuildRecord", "BundleDiff", "BundleReport", "CheckpointReport", "Console", "ConversionRecord",
-    "Diagnosis", "EffdeployError", "EngineReport", "EvalRecord", "GraphReport", "LintRecord", "Mode", "PackageRecord",
+    "BenchRecord", "BisectRecord", "BuildRecord", "BundleDiff", "BundleReport", "CheckpointReport", "Console",
+    "ConversionRecord", "Diagnosis", "EffdeployError", "EngineReport", "EvalRecord", "GraphReport", "LintRecord",
+    "Mode", "PackageRecord",
     "ParityRecord", "PlanRecord", "Precision", "PredictionRecord",
     "RunRecord", "ShowRecord", "Stage", "SystemRecord", "Target", "TuneRecord",
 }  # fmt: skip
@@ -38,6 +39,7 @@ COMMANDS = {
     "export": "export", "verify": "verify", "bench": "benchmark", "report": "render", "list": "systems",
     "convert": "convert", "inspect": "inspect", "diff": "diff", "build": "build", "lint": "lint",
     "doctor": "diagnose", "eval": "evaluate", "package": "package", "run": "predict", "show": "show", "tune": "tune",
+    "bisect": "bisect",
 }  # fmt: skip
 TERMINAL = {"as_json", "quiet", "log"}  # the console says it
 RENAMED = {

@@ -52,8 +52,8 @@ def arguments(command: str, bundle: Path, folder: Path) -> list[object]:
     return calls[command]
 
 
-# test_eval.py, test_show.py and test_tune.py read the results of these, which need another bundle than the shared one.
-ELSEWHERE = {"eval", "show", "tune"}
+# test_bisect.py, test_eval.py, test_show.py and test_tune.py read the results of these: they need other bundles.
+ELSEWHERE = {"bisect", "eval", "show", "tune"}
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - ELSEWHERE))
@@ -80,7 +80,7 @@ WRONG = {
     "convert": ["none.pth", "o.pth", "--system", "riformr"], "diff": ["nowhere", "nowhere"], "lint": ["nowhere"],
     "build": ["nowhere", "--backend", "onnxruntime"], "show": ["nowhere", "photo.jpg"],
     "package": ["nowhere", "--triton", "models"], "run": ["nowhere", "photo.jpg"],
-    "eval": ["nowhere"], "tune": ["riformr"],
+    "bisect": ["nowhere"], "eval": ["nowhere"], "tune": ["riformr"],
 }  # fmt: skip
 
 

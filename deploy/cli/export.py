@@ -44,6 +44,10 @@ def export(
     ] = False,
     calib: Annotated[Path | None, typer.Option(help="Folder of images that INT8 and FP8 measure ranges on.")] = None,
     calib_method: Annotated[str | None, typer.Option(help="minmax, percentile, mse or entropy.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Keep the fewest modules high that meet cosine=0.999, top1=0.1 (points) or matched=0.99."),
+    ] = None,
     backend: Annotated[
         str | None,
         typer.Option(help="onnxruntime, openvino, tensorrt_rtx or tensorrt.", autocompletion=completing.backends),
@@ -90,8 +94,8 @@ def export(
             system, variant=variant, weights=_one_source(weights, pretrained), size=size, batch=batch,
             precision=_one_precision(fp32=fp32, fp16=fp16, bf16=bf16, int8=int8, fp8=fp8), backend=backend,
             target=target, sm=sm, device=device, out=out, images=images, calib=calib, calib_method=calib_method,
-            baseline=baseline, seconds=seconds, threads=threads, set_=assignments or (), until=until, from_=start,
-            reuse=not no_reuse, verify_each=verify_each, embed_preprocess=embed_preprocess, labels=labels,
+            budget=budget, baseline=baseline, seconds=seconds, threads=threads, set_=assignments or (), until=until,
+            from_=start, reuse=not no_reuse, verify_each=verify_each, embed_preprocess=embed_preprocess, labels=labels,
             console=console,
         )  # fmt: skip
 

@@ -73,4 +73,5 @@ def splits(module: Module) -> bool:
 
 
 def _module(path: str, nodes: Collection[str], *, whole: bool) -> Module:
-    return Module(path=path or TOP, depth=len(path_parts(path)), nodes=frozenset(nodes), whole=whole or not path)
+    depth = max(1, len(path_parts(path)) + (0 if whole else 1))
+    return Module(path=path or TOP, depth=depth, nodes=frozenset(nodes), whole=whole or not path)

@@ -24,6 +24,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from deploy.errors import PrecisionError
 from deploy.graph.io import control_flow
 from deploy.precision.qdq import DQ, Q
+from deploy.precision.select import PRODUCTS
 from deploy.precision.view import FLOAT, tensor_types
 
 LOW = "low/"  # before the names of what comes from the low file
@@ -67,6 +68,7 @@ class Splice:
             for tensor in node.input:
                 self.readers[tensor].append(node)
         self.absorbed = self._absorbed()
+        self.owned = self._owned()
         self.changed = frozenset(self._changed())
 
     def hybrid(self, low: Collection[str]) -> ModelProto:
@@ -94,18 +96,13 @@ class Splice:
         return writer.model([helper.make_tensor_value_info("sums", FLOAT, [len(tensors), 2])])
 
     def rounded(self, name: str) -> str:
-        """Name the rounded output of an integer convolution, or of the Relu behind it, which all readers get."""
+        """Name the rounded output of an integer convolution, which all of its readers get; empty: it has none."""
         node = self.twins[name]
-        inside = self.makers.get(node.input[0]) if node.op_type == "Relu" else node
-        if inside is None or inside.op_type != "Conv" or self._maker_of(inside.input[0]) != DQ:
-            return ""
         after = self.readers[node.output[0]]
-        if len(after) != 1 or after[0].op_type != Q:
+        given = self.makers.get(node.input[0]) if node.op_type == "Conv" else None
+        if given is None or given.op_type != DQ or len(after) != 1 or after[0].op_type != Q:
             return ""
         return next((n.output[0] for n in self.readers[after[0].output[0]] if n.op_type == DQ), "")
-
-    def _maker_of(self, tensor: str) -> str:
-        return self.makers[tensor].op_type if tensor in self.makers else ""
 
     def _closed(self, low: Collection[str]) -> frozenset[str]:
         """Leave out what the low file does not have; what an integer convolution computes inside goes with it."""
@@ -128,16 +125,27 @@ class Splice:
             found[name] = maker.name
         return found
 
+    def _owned(self) -> dict[str, str]:
+        """Find the rounded outputs of integer convolutions: tensor of the low file -> that of the high one."""
+        inside = {owner: name for name, owner in self.absorbed.items()}
+        found = {name: self.rounded(name) for name in self.twins}
+        return {r: self.nodes[inside.get(name, name)].output[0] for name, r in found.items() if r}
+
     def _changed(self) -> Iterable[str]:
         """Name the nodes that are not the same in both files: other types, other weights, or rounded inputs."""
         held = {t.name: t for t in self.high.graph.initializer}
         held |= {n.output[0]: n.attribute[0].t for n in self.high.graph.node if _holds(n)}
         for name, twin in self.twins.items():
             node = self.nodes[name]
-            if any(self._differs(a, b, held) for a, b in zip(node.input, twin.input, strict=False)) or any(
+            pairs = [p for p in zip(node.input, twin.input, strict=False) if self.owns(twin, p[1])]
+            if any(self._differs(a, b, held) for a, b in pairs) or any(
                 self.types.get(output) in _FLOATS - {FLOAT} for output in twin.output
             ):
                 yield name
+
+    def owns(self, twin: NodeProto, tensor: str) -> bool:
+        """Whether what rounds an input belongs to the node: to a product always, else unless it is its maker's."""
+        return tensor not in self.owned or twin.op_type in PRODUCTS
 
     def _differs(self, high: str, low: str, held: Mapping[str, TensorProto]) -> bool:
         if low in self.weights:
@@ -212,11 +220,19 @@ class _Writer:
         copy = NodeProto()
         copy.CopyFrom(twin)
         for slot, name in enumerate(twin.input):
-            copy.input[slot] = self._as_low(name)
+            given = self._given(twin, name)
+            copy.input[slot] = self._as_low(name) if given is None else given
         for slot, name in enumerate(twin.output):
             copy.output[slot] = LOW + name if name else ""
         copy.name = LOW + twin.name
         self.nodes.append(copy)
+
+    def _given(self, twin: NodeProto, name: str) -> str | None:
+        """Name what a node reads, rounds not, and the high file makes; ``None``: it reads as in the low file."""
+        source = None if self.splice.owns(twin, name) else self.splice.owned[name]
+        if source is None or self._low_place(source) is not None:
+            return None
+        return self._cast(source, f"{LOW}{name}/given", FLOAT, self.splice.types.get(name, FLOAT))
 
     def _as_low(self, name: str) -> str:
         """Name a tensor of the low file in this graph, made where it is not there yet."""
