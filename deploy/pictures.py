@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def drawn_photo(photo: Path, recipe: Recipe, loaded: Loaded, runner: Runner, nam
     return DrawnPhoto(photo=photo.name, title=title, sentence=sentence, **image)
 
 
-def _image_of(figure: Figure) -> dict[str, object]:
+def _image_of(figure: Figure) -> dict[str, Any]:
     from PIL import Image
 
     drawn, packed = io.BytesIO(), io.BytesIO()

@@ -132,9 +132,9 @@ def normalise(pixels: NDArray[np.generic], spec: Preprocess) -> NDArray[Any]:
 def pixels_of(image: NDArray[np.generic], spec: Preprocess) -> NDArray[np.uint8]:
     """Take what ``normalise`` gave back to RGB pixels, uint8 [height, width, 3]."""
     if spec.embed:
-        return image.astype(np.uint8)
+        return np.asarray(image, np.uint8)
     shares = image.transpose(1, 2, 0) * np.asarray(spec.std) + np.asarray(spec.mean)
-    return np.clip(np.rint(255 * shares), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(255 * shares), 0, 255), np.uint8)
 
 
 def channels_first(images: NDArray[np.generic]) -> NDArray[Any]:

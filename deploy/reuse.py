@@ -21,6 +21,7 @@ from typing import Any
 
 from deploy.artifacts import environment, sha256_of
 from deploy.console import Console
+from deploy.labels import read_labels
 from deploy.models.sources import choose_text, parse_source
 from deploy.recipe import Recipe, configs_folder, layer_of_data, resolve
 from deploy.records import (
@@ -180,7 +181,7 @@ class Reuse:
         if "parity.images" in found:
             found["parity.images"] = _photos(self.recipe)
         if "labels" in found:
-            found["labels"] = sha256_of(self.recipe.labels) if self.recipe.labels else "none"
+            found["labels"] = _labels(self.recipe)
         if "quantization.calib" in found:
             found |= _calibration(self.recipe)
         for source in READS.get(stage, ()):
@@ -330,6 +331,18 @@ def _photos(recipe: Recipe) -> str:
     for path in find_images(recipe.parity.images, recipe.parity.max_images):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _labels(recipe: Recipe) -> str:
+    """Identify the classes' names by themselves.
+
+    Raises:
+        ImageError: their file cannot be read, or has another number of them.
+    """
+    if recipe.labels is None:
+        return "none"
+    names = read_labels(recipe.labels, recipe.classes)
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def _calibration(recipe: Recipe) -> dict[str, str]:

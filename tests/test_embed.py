@@ -117,6 +117,14 @@ def test_the_report_says_where_the_subtraction_stays(tmp_path):
     assert "--embed-preprocess" in page
 
 
+def test_labels_that_are_not_there_are_an_error_before_the_work(tmp_path):
+    for more in ((), ("--dry-run",)):
+        labels = ("--labels", tmp_path / "none.txt")
+        done = effdeploy("export", "riformer", "--variant", "tiny", *labels, *more, "--out", tmp_path / "b")
+        assert done.exit_code == 18
+        assert "none.txt cannot be read" in done.stderr
+
+
 def test_labels_are_counted_before_the_work(tmp_path):
     (tmp_path / "two.txt").write_text("cat\ndog\n", encoding="utf-8")
     done = effdeploy(

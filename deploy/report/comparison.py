@@ -80,8 +80,8 @@ def _pareto(runs: Sequence[RunRecord]) -> Section:
         where = (run.environment.cpu, c.device, words.conditions(c), f"batch {c.batch}")
         groups.setdefault(where, []).append(_Placed(number=number, name=run.name, p50=c.p50, drift=error))
     blocks: list[Block] = []
-    for index, (where, placed) in enumerate(groups.items()):
-        blocks += _pareto_blocks(index, where, placed)
+    for index, (group, placed) in enumerate(groups.items()):
+        blocks += _pareto_blocks(index, group, placed)
     if absent:
         blocks.append(Listing(items=tuple(absent), tone=WARN))
     return Section(slug="pareto", title="Latency against drift", blocks=tuple(blocks))
