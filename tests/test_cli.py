@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import typer
 from support import effdeploy
 
 from deploy.artifacts import read_manifest
+from deploy.cli import app
 from deploy.records import Stage
 
 TINY = ("export", "riformer", "--variant", "tiny", "--seconds", "0.1")
@@ -24,6 +27,18 @@ TINY = ("export", "riformer", "--variant", "tiny", "--seconds", "0.1")
 
 def left_behind(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands))
+def test_help_is_shown_as_it_was_written(command):
+    result = effdeploy(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+
+
+def test_brackets_in_help_are_no_markup():
+    shown = re.sub(r"[\s│]+", " ", effdeploy("export", "--help").stdout)
+    assert "hf://OWNER/REPO[/FILE][@REVISION], https://...[#sha256=HEX], random or random:SEED." in shown
 
 
 def test_list_shows_systems_variants_and_figures():

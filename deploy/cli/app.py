@@ -81,7 +81,9 @@ Baselines = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(help="A file, hf://OWNER/REPO[/FILE][@REVISION], https://...[#sha256=HEX], random or random:SEED."),
+    typer.Option(  # a bracket would be markup
+        help=r"A file, hf://OWNER/REPO\[/FILE]\[@REVISION], https://...\[#sha256=HEX], random or random:SEED."
+    ),
 ]
 Seconds = Annotated[float | None, typer.Option(help="Measure at least this long per candidate.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of every candidate while measuring.")]
