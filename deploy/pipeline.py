@@ -31,7 +31,7 @@ from deploy.backends import load_backend
 from deploy.backends.base import Backend
 from deploy.console import Console, Mode
 from deploy.errors import BackendUnavailableError, BundleError, ParityError
-from deploy.precision.images import chosen_images
+from deploy.precision.images import check_images
 from deploy.preprocess import find_images
 from deploy.recipe import Recipe
 from deploy.records import (
@@ -208,7 +208,7 @@ def check_request(recipe: Recipe, until: Stage, backend: Backend) -> None:
     if recipe.parity.images and until.order >= Stage.PARITY.order:
         find_images(recipe.parity.images, 1)
     if recipe.quantization.calib and recipe.precision.quantised and until.order >= Stage.PRECISION.order:
-        chosen_images(recipe.quantization.calib, 1)
+        check_images(recipe.quantization.calib, recipe.quantization.max_images)
     if until.order >= Stage.ENGINE.order and (reason := backend.available()):
         raise BackendUnavailableError(f"backend {backend.name}: {reason}", hint="or --backend onnxruntime")
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from deploy.artifacts import sha256_of
 from deploy.backends.base import Array, Feeds
 from deploy.errors import ImageError
-from deploy.preprocess import channels_first, find_images, preprocess
+from deploy.preprocess import channels_first, find_images, preprocess, shown_size
 from deploy.records import Preprocess, TensorSpec
 
 Image = NDArray[Any]  # as deploy.preprocess.normalise gives it
@@ -90,19 +90,11 @@ class CalibrationImages:
                 image = self.read(index)
             except ImageError as error:
                 self.skipped[name] = _PATH.sub("", error.message)
-                self._refuse_many(error)
+                _refuse_many(self.skipped, len(self.names), error)
                 continue
             if not np.ptp(channels_first(image[None]), axis=(2, 3)).any():
                 self.flat.add(name)
             yield image
-
-    def _refuse_many(self, last: ImageError) -> None:
-        if len(self.skipped) > MOST_SKIPPED * len(self.names):
-            raise ImageError(
-                f"{len(self.skipped)} of {len(self.names)} calibration images cannot be read, at most 1 in 100 is left "
-                f"out: {', '.join(self.skipped)}; the last: {last.message}",
-                hint="remove these files from the folder of --calib, or save them again",
-            ) from last
 
     def _feeds(self, rows: list[Image]) -> Feeds:
         images = np.stack(rows)
@@ -135,6 +127,30 @@ def images_of_folder(
         source=f"{len(paths)} images of --calib",
         identity=_digest(repr((size, spec, batch)), *(f"{path.name} {sha256_of(path)}" for path in paths)),
     )
+
+
+def check_images(folder: Path, limit: int) -> None:
+    """Refuse a folder that no calibration could use before anything is exported, by the headers of its images.
+
+    Raises:
+        ImageError: the folder is missing, unreadable, holds no image, or more than one in a hundred are no images.
+    """
+    paths, skipped = chosen_images(folder, limit), dict[str, str]()
+    for path in paths:
+        try:
+            shown_size(path)
+        except ImageError as error:
+            skipped[path.name] = error.message
+            _refuse_many(skipped, len(paths), error)
+
+
+def _refuse_many(skipped: Mapping[str, str], count: int, last: ImageError) -> None:
+    if len(skipped) > MOST_SKIPPED * count:
+        raise ImageError(
+            f"{len(skipped)} of {count} calibration images cannot be read, at most 1 in 100 is left out: "
+            f"{', '.join(skipped)}; the last: {last.message}",
+            hint="remove these files from the folder of --calib, or save them again",
+        ) from last
 
 
 def chosen_images(folder: Path, limit: int) -> list[Path]:

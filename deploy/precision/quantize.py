@@ -186,7 +186,10 @@ def _weights(asked: int | str, precision: Precision, target: Target) -> tuple[in
 def _warnings(images: CalibrationImages, tensors: tuple[CalibratedTensor, ...]) -> list[str]:
     found = list(images.warnings)
     if images.skipped:
-        found.append(f"{len(images.skipped)} calibration images were left out: {', '.join(images.skipped)}")
+        found.append(
+            f"{len(images.skipped)} of {len(images.names)} calibration images cannot be read and were left out: "
+            f"{', '.join(images.skipped)}"
+        )
     if images.flat:
         flat = len(images.flat)
         found.append(

@@ -9,12 +9,19 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from support import effdeploy
 
 from deploy.errors import ImageError, PrecisionError
 from deploy.graph.base import parse_example
 from deploy.precision import calibrate
 from deploy.precision.calibrate import measure
-from deploy.precision.images import CalibrationImages, chosen_images, generated_images, images_of_folder
+from deploy.precision.images import (
+    CalibrationImages,
+    check_images,
+    chosen_images,
+    generated_images,
+    images_of_folder,
+)
 from deploy.records import Preprocess, TensorSpec
 
 INPUTS = (TensorSpec(name="images", dtype="float32", shape=("batch", 3, 8, 8)),)
@@ -138,6 +145,33 @@ def test_a_folder_that_is_missing_or_empty_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ImageError) as caught:
             images_of(folder)
         assert "--calib" in caught.value.hint
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "a file", "no images"])
+def test_an_export_refuses_a_folder_before_its_first_stage(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "photos"
+    if what == "a file":
+        folder.write_text("photos")
+    elif what != "missing":
+        folder.mkdir()
+    for number in range(3 if what == "no images" else 0):
+        (folder / f"{number}.jpg").write_text("not a photo")
+    for more in ((), ("--dry-run",)):
+        result = effdeploy(
+            "export", "riformer", "--variant", "tiny", "--int8", "--calib", folder, "--out", tmp_path / "b", *more
+        )
+        assert (result.exit_code, result.stdout) == (18, "")
+        assert "--calib" in result.stderr
+        assert not (tmp_path / "b").exists()
+
+
+def test_headers_of_few_broken_images_are_passed_over(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 120)
+    (folder / "050.png").write_bytes(b"no image")
+    check_images(folder, 120)
+    (folder / "051.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"2 of 120 .*050.png, 051.png"):
+        check_images(folder, 120)
 
 
 def test_of_too_many_images_some_are_taken_evenly(tmp_path: Path) -> None:
