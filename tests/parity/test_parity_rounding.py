@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from deploy.candidates import prove_rounding
 from deploy.parity.compare import Candidate, check_parity
 from deploy.parity.inputs import pack
 from deploy.parity.rounding import OWN, judge_rounding
@@ -117,3 +120,33 @@ def test_what_holds_is_not_measured():
     assert first.ok
     assert again is first
     assert asked == []
+
+
+class WithoutHalf(torch.nn.Module):
+    """A network that PyTorch cannot compute in 16 bits on a CPU."""
+
+    def forward(self, images):
+        return torch.linalg.svdvals(images[:, 0]), images.mean((2, 3))
+
+
+def test_a_type_that_pytorch_has_no_kernel_for_is_no_yardstick():
+    module = WithoutHalf()
+    about = SimpleNamespace(task="classification", decisions=None)
+
+    def run(feeds):
+        return {"logits": module(torch.from_numpy(feeds["images"]))[0].numpy()}
+
+    def off(feeds):
+        return {"logits": run(feeds)["logits"] * 1.01}
+
+    loaded = SimpleNamespace(
+        system=about, reference=module, deploy=module, approximate=False, outputs=("logits", "means"), run=run
+    )
+    verdicts = {}
+    for precision in ("fp16", "fp32"):
+        candidates = [Candidate(stage="engine", precision=Precision(precision), open=lambda: Opened(off))]
+        first = check_parity(run, candidates, INPUTS, LIMITS)
+        verdicts[precision] = (first, prove_rounding(loaded, first, candidates, INPUTS))
+    for first, again in verdicts.values():
+        assert not first.ok
+        assert again is first  # in float64 it rounds by far less than the stage is off
