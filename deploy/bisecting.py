@@ -143,7 +143,13 @@ def _how(recipe: Recipe, target: Target, backend: str | None) -> How:
         raise RecipeError(
             f"--backend {backend}: the bundle's graph was lowered for {target.value}", hint="leave --backend out"
         )
-    return How(backend=backend, options=options, rounded=False)
+    if target is Target.ONNXRUNTIME and not recipe.precision.quantised:
+        raise RecipeError(
+            f"--backend {backend} computes a whole network in one precision, and cannot switch modules in "
+            f"{recipe.precision.value.upper()}",
+            hint="leave --backend out: ONNX Runtime rounds each 16-bit tensor",
+        )
+    return How(backend=backend, options=dataclasses.replace(options, mixed=True), rounded=False)
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from support import effdeploy
 
 from deploy.answers import BisectRecord
@@ -91,7 +92,13 @@ def test_one_changed_weight_is_found_by_name(bundles, tmp_path, precision):
 
 
 def test_a_sound_bundle_has_no_jump_and_its_parts_make_the_whole(bundles, tmp_path):
-    record = bisected(bundles / "int8", tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (70, 80, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{seed}.png")
+    record = bisected(bundles / "int8", tmp_path, "--images", photos)
+    assert (record.images, record.whole.images) == ("3 images of --images", 3)
     assert record.jump == ""
     assert "no module's error jumps" in record.verdict
     assert record.precision == "int8"
@@ -108,7 +115,7 @@ def test_a_sound_bundle_has_no_jump_and_its_parts_make_the_whole(bundles, tmp_pa
     assert record.stages[0].apart.error < 1e-4 < record.stages[1].apart.error
     text = Path(record.plot).read_text()
     assert record.worst in text
-    again = bisected(bundles / "int8", tmp_path)
+    again = bisected(bundles / "int8", tmp_path, "--images", photos)
     assert again.runs == 0  # everything was remembered
     assert again.modules == record.modules
 
@@ -167,26 +174,13 @@ def test_an_overflow_where_a_float32_island_was_taken_away_is_found_by_name(tmp_
     assert modules["blocks.0"].alone.error < 0.01
 
 
-def test_photos_can_be_given(bundles, tmp_path):
-    from PIL import Image
-
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for seed in range(3):
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (70, 80, 3), np.uint8)).save(
-            photos / f"{seed}.png"
-        )
-    record = bisected(bundles / "int8", tmp_path, "--images", photos)
-    assert record.images == "3 images of --images"
-    assert record.whole.images == 3
-
-
 def test_bad_input(bundles, tmp_path, tiny_bundle):
     assert "is in FP32" in refused(tiny_bundle, tmp_path, code=17)
     assert "cannot list the images" in refused(bundles / "int8", tmp_path, "--images", tmp_path / "none", code=18)
     changed = shutil.copytree(bundles / "int8", tmp_path / "changed")
     (changed / "30-int8.onnx").write_bytes(b"")
     assert "was changed" in refused(changed, tmp_path, code=17)
+    assert "a whole network in one precision" in refused(bundles / "fp16", tmp_path, "--backend", "openvino", code=3)
     assert "was lowered for onnxruntime" in refused(bundles / "int8", tmp_path, "--backend", "tensorrt", code=3)
 
 

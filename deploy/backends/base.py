@@ -44,6 +44,7 @@ class BuildOptions:
         strip: Whether the engine is written without its weights; it is filled from the ONNX file when it is opened.
         integer_kernels: Whether ONNX Runtime may run Q/DQ in its integer kernels; without them it rounds as the graph
             says and multiplies in float32, which is how a graph for TensorRT is judged.
+        mixed: Whether the graph mixes precisions on purpose (``effdeploy bisect``): the audit is told, not enforced.
         progress: Told how far a build is, where the runtime says so; called from the runtime's own thread.
     """
 
@@ -63,6 +64,7 @@ class BuildOptions:
     refit: bool = False
     strip: bool = False
     integer_kernels: bool = True
+    mixed: bool = False
     progress: Progress | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -134,7 +134,9 @@ class OnnxRuntimeBackend:
             device=device,
             runnable=True,
             reason=_fallback(wanted, device),
-            audit=audited(audit_profile(options.precision, graph, kernels_of(events, graph), device)),
+            audit=audited(
+                audit_profile(options.precision, graph, kernels_of(events, graph), device), mixed=options.mixed
+            ),
             options={
                 "provider": session.get_providers()[0],
                 "threads": str(_threads(options) or "runtime default"),

@@ -137,7 +137,7 @@ class OpenVinoBackend:
                 device="cpu",
                 runnable=True,
                 reason="",
-                audit=audited(audit_kernels(options.precision, graph, kernels)),
+                audit=audited(audit_kernels(options.precision, graph, kernels), mixed=options.mixed),
                 options={
                     "device": DEVICE,
                     "precision hint": HINTS[options.precision],

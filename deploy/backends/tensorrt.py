@@ -110,7 +110,9 @@ class TensorRtBackend:
         seconds = time.perf_counter() - start
         told = inspect_plan(trt, plan)
         kernels, io = kernels_from_inspector(told), io_from_inspector(told)
-        audit = audited(audit_engine(options.precision, graph_types(model), kernels, "engine inspector", io))
+        audit = audited(
+            audit_engine(options.precision, graph_types(model), kernels, "engine inspector", io), mixed=options.mixed
+        )
         path = folder / f"engine-sm{gpu.sm}.plan"
         with storage_errors(f"cannot write {path.name}"):
             path.write_bytes(plan)

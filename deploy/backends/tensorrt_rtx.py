@@ -114,7 +114,9 @@ class TensorRtRtxBackend:
             plan, log = _compile(trt, model, options, sm, cancelled)
         seconds = time.perf_counter() - start
         kernels, io = kernels_from_log(log), io_from_log(log)
-        audit = audited(audit_engine(options.precision, graph_types(model), kernels, "build log", io))
+        audit = audited(
+            audit_engine(options.precision, graph_types(model), kernels, "build log", io), mixed=options.mixed
+        )
         path = folder / f"engine-sm{sm}.rtx"
         with storage_errors(f"cannot write {path.name}"):
             path.write_bytes(plan)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from quantised_cases import CHANNELS, SIDE, network, quantised
+from quantised_cases import SIDE, images, network, quantised
 
-from deploy.errors import PrecisionError
+from deploy.backends.base import BuildOptions
+from deploy.errors import PrecisionAuditError, PrecisionError
+from deploy.graph.io import save_model
 from deploy.precision.modules import TOP, children, leaves, path_parts, splits
 from deploy.precision.qdq import quantised_products
 from deploy.precision.splice import LOW, Splice
-from deploy.records import Target
+from deploy.records import Batch, Precision, Target
+from deploy.sensitivity import How, Laboratory, how_to_judge
 
 PRODUCTS = {"blocks.0.a/Conv", "blocks.0.b/Conv", "blocks.1.mlp/MatMul", "head/Gemm"}
 
@@ -89,6 +94,28 @@ def test_activations_of_both_are_compared_tensor_by_tensor():
     assert sums[True]["n"][0] > 0.1 * sums[True]["n"][1]  # negative control: the fault is seen behind it
 
 
+def test_another_runtime_finds_the_same(tmp_path):
+    """Graphs of both precisions go through the backend's own build, whose audit would refuse them."""
+    pytest.importorskip("openvino", reason="needs OpenVINO (extra openvino)")
+    high, low = pair()
+    for model, name in ((high, "high.onnx"), (low, "low.onnx")):
+        save_model(model, tmp_path / name)
+    source = images(8, seed=3)
+    options = BuildOptions(precision=Precision.INT8, batch=Batch(min=1, opt=4, max=4), inputs=source.inputs)
+    judged = how_to_judge(Precision.INT8, Target.ONNXRUNTIME, options)
+    other = How(backend="openvino", options=replace(options, mixed=True), rounded=False)
+    found = []
+    for how in (judged, other):
+        laboratory = Laboratory(
+            high=tmp_path / "high.onnx", low=tmp_path / "low.onnx", images=source, task="classification",
+            size=(SIDE, SIDE), how=how, folder=tmp_path,
+        )  # fmt: skip
+        found.append([laboratory.of_nodes([name]).error for name in sorted(PRODUCTS)])
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+    with pytest.raises(PrecisionAuditError):
+        replace(other, options=options).open(laboratory.splice.high, tmp_path)
+
+
 def test_files_that_are_not_of_one_network_are_refused():
     high, low = pair()
     short = onnx.ModelProto()
@@ -128,4 +155,3 @@ def test_modules_are_read_from_names():
         "net.blocks.1.mlp",
         TOP,
     ]
-    assert CHANNELS
