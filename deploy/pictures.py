@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEXT, QUIET = "#1a1a1a", "#666666"
+SIDE = 3.0  # inches of a panel
 _QUALITY = 85  # of the JPEG in a report
 Rows = Sequence[tuple[str, Sequence[Panel]]]
 
@@ -76,7 +77,7 @@ def drawn_photo(photo: Path, recipe: Recipe, loaded: Loaded, runner: Runner, nam
     rows = panels_of(recipe, loaded, picture, (name, "PyTorch, fp32"), got, expected)
     drawing = loaded.system.drawing
     title = f"{drawing.what if drawing else 'input'}: {photo.name}"
-    image = _image_of(figure_of(title, loaded.record.weights.statement, picture, rows, side=2.2))
+    image = _image_of(figure_of(title, loaded.record.weights.statement, picture, rows))
     sentence = "; ".join(f"{run}: {', '.join(panel.title for panel in panels)}" for run, panels in rows)
     return DrawnPhoto(photo=photo.name, title=title, sentence=sentence, **image)
 
@@ -97,14 +98,14 @@ def _first(outputs: Mapping[str, np.ndarray]) -> Outputs:
     return {name: value[:1] for name, value in outputs.items()}
 
 
-def figure_of(title: str, weights: str, picture: Picture, rows: Rows, side: float = 3.0) -> Figure:
-    """Lay the photo and both rows of panels out; ``side`` is the width of a panel in inches."""
+def figure_of(title: str, weights: str, picture: Picture, rows: Rows) -> Figure:
+    """Lay the photo and both rows of panels out."""
     from matplotlib.figure import Figure
 
     columns = 1 + max(len(panels) for _, panels in rows)
     ratio = picture.shape[0] / picture.shape[1]
-    height = side * ratio * len(rows) + 0.8 * len(rows) + 0.7
-    figure = Figure(figsize=(side * columns, height), dpi=120, layout="constrained")
+    height = (SIDE * ratio + 0.35) * len(rows) + 0.7
+    figure = Figure(figsize=(SIDE * columns + 0.3, height), dpi=120, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=TEXT, parse_math=False)
     figure.supxlabel(weights, x=0.01, ha="left", fontsize=8, color=QUIET, parse_math=False)
     axes = figure.subplots(len(rows), columns, squeeze=False)

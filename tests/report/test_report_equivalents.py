@@ -120,18 +120,11 @@ def test_polygraphy_gives_the_same_verdict_and_can_fail(tiny_bundle, tmp_path):
     other = second.replace(" --seed 0 ", " --seed 1 ")  # other inputs: the outputs cannot agree
     assert other != second
     assert polygraphy(other, tmp_path).returncode != 0
-
-
-def test_a_changed_graph_makes_the_lines_fail(tiny_bundle, tmp_path):
-    run = read_manifest(tiny_bundle)
-    first, second = polygraphy_commands(run).splitlines()
-    (tmp_path / "10-traced.onnx").write_bytes((tiny_bundle / "10-traced.onnx").read_bytes())
     model = onnx.load(tiny_bundle / "20-patched.onnx")
     weight = next(t for t in model.graph.initializer if len(t.dims) == 4)
     values = onnx.numpy_helper.to_array(weight)
     weight.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values[::-1]), weight.name))  # filters reversed
     save_model(model, tmp_path / "20-patched.onnx")
-    assert polygraphy(first, tmp_path).returncode == 0
     done = polygraphy(second, tmp_path)
     assert done.returncode != 0
     assert "cosine" in (done.stdout + done.stderr).lower()
