@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from recorded_api import SURFACES, RecordedModule
 
-from deploy.artifacts import artifact_of, sha256_of
+from deploy.artifacts import artifact_of, sha256_of, write_json
 from deploy.backends import load_backend, loading
 from deploy.backends import tensorrt as module
 from deploy.backends.base import BuildOptions
 from deploy.backends.gpu import Gpu
 from deploy.backends.gpu_state import GpuState
+from deploy.contents import inspect_engine
 from deploy.errors import BackendUnavailableError, BundleError
-from deploy.records import Audit, Batch, EngineRecord, Precision
+from deploy.records import Audit, Batch, BuildRecord, EngineRecord, Environment, Precision, to_json
 
 AUDIT = Audit(asked=Precision.FP16, evidence="", kernels={}, fused={}, ok=True, statement="all FP16")
 OPTIONS = {"sm": "89", "driver": "580.65.06", "batch": "1:8:32", "model": "30-fp16.onnx"}
@@ -236,3 +237,23 @@ def test_the_runtimes_of_the_cpu_open_the_named_file_alone(backend, graph, tmp_p
     (folder / "model.onnx").symlink_to(tmp_path / "model.onnx")
     with pytest.raises(BundleError, match="points outside the bundle"):
         runtime.open(engine, folder, BuildOptions(threads=1))
+
+
+def test_an_engine_of_an_onnx_file_is_known_by_the_manifest_beside_it(bundle):
+    own = BuildRecord(
+        schema_version=1, effdeploy="0", created="", model=artifact_of(bundle / "30-fp16.onnx", bundle), inputs=(),
+        engine=record(bundle),
+        environment=Environment(python="", platform="", cpu="", cores=1, gpu="", packages={}),
+    )  # fmt: skip
+    manifest = bundle / f"{NAME}.tensorrt.json"
+    with pytest.raises(BundleError, match=r"has no manifest\.json beside it"):
+        inspect_engine(bundle / NAME)
+    write_json(manifest, to_json(own))
+    assert inspect_engine(bundle / NAME).engine == own.engine
+    write_json(manifest, to_json(dataclasses.replace(own, engine=named(own.engine, "other.plan"))))
+    with pytest.raises(BundleError, match=r"is of other\.plan"):
+        inspect_engine(bundle / NAME)
+    write_json(manifest, to_json(own))
+    (bundle / NAME).write_bytes(b"another engine")
+    with pytest.raises(BundleError, match="was changed"):
+        inspect_engine(bundle / NAME)
