@@ -198,10 +198,12 @@ class _Search:
 
     def _without_the_unneeded(self, kept: tuple[str, ...]) -> tuple[str, ...]:
         """Let modules go low again, the least sensitive first, while the budget holds; the last one was just tried."""
-        for name in reversed(kept[:-1]):
-            fewer = tuple(other for other in kept if other != name)
-            if self.budget.met_by(self._with(fewer)):
-                kept = fewer
+        with self.console.progress(len(kept) - 1, "modules tried low again") as advance:
+            for name in reversed(kept[:-1]):
+                fewer = tuple(other for other in kept if other != name)
+                if self.budget.met_by(self._with(fewer)):
+                    kept = fewer
+                advance(1)
         return kept
 
     def _with(self, kept: Sequence[str]) -> Apart:

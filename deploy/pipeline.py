@@ -40,6 +40,7 @@ from deploy.records import (
     ModelRecord,
     ParityRecord,
     PassesRecord,
+    Precision,
     PrecisionRecord,
     RunRecord,
     Stage,
@@ -194,7 +195,8 @@ class _Road:
         self.console.summary(record, final)
         self.console.result(record)
         if not record.ok:
-            raise ParityError(record.verdict, hint=f"the evidence is in {final}; nothing was written to {out}")
+            which = "" if self.recipe.precision is Precision.FP32 else f"; effdeploy bisect {final} names the module"
+            raise ParityError(record.verdict, hint=f"the evidence is in {final}; nothing was written to {out}{which}")
         return record
 
 
