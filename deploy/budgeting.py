@@ -301,7 +301,7 @@ def _ratios(search: _Search, choices: Mapping[str, _Choice]) -> dict[str, dict[s
             with contextlib.suppress(BackendUnavailableError, EngineBuildError, PrecisionAuditError):
                 asked = recipe.model_copy(update={"precision": choice.precision})
                 runners[name] = stack.enter_context(_opened(choice.path, asked))
-        if "fp32" not in runners or len(runners) < 2:
+        if "fp32" not in runners or all(choices[name].kept is None for name in runners):
             return {}
         candidates = [
             BenchCandidate(
