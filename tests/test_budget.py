@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import effdeploy
 
@@ -14,6 +15,7 @@ from deploy.artifacts import read_manifest
 from deploy.budgets import Budget, advice, with_front
 from deploy.errors import RecipeError
 from deploy.records import from_json
+from deploy.sensitivity import compared
 
 # ---------------------------------------------------------------------------------------------------- what is asked
 
@@ -39,6 +41,20 @@ def test_a_budget_holds_every_limit():
     assert not Budget.parse("top1=0.05").met_by(apart)
     assert not Budget.parse("cosine=0.999,matched=0.99").met_by(apart)
     assert not Budget.parse("cosine=0").met_by(replace(apart, cosine=float("nan")))
+
+
+def test_detections_are_matched_in_both_directions():
+    boxes = np.array([[[0, 0, 9, 9], [20, 20, 40, 40], [50, 0, 60, 9]]] * 2, np.float32)
+    scores = np.array([[0.9, 0.8, 0.1]] * 2, np.float32)
+    reference = {"labels": np.array([[1, 2, 3]] * 2), "boxes": boxes, "scores": scores}
+    assert compared("detection", (64, 64), [reference], [reference]).matched == 1.0
+    moved = boxes.copy()
+    moved[0, 1] += 15  # one of four is elsewhere: lost here, added there
+    found = compared("detection", (64, 64), [reference], [{**reference, "boxes": moved}])
+    assert found.matched == pytest.approx(0.75)
+    assert not Budget.parse("matched=0.99").met_by(found)
+    broken = {**reference, "scores": scores * np.nan}
+    assert compared("detection", (64, 64), [reference], [broken]).matched == 0.0
 
 
 def point(name, speedup, error, **more):

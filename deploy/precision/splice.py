@@ -262,7 +262,8 @@ class _Writer:
         if place is None:
             return name
         tensor = self.splice.twins[place[0]].output[place[1]]
-        if rounded := self.splice.rounded(place[0]):
+        rounded = self.splice.rounded(place[0])
+        if rounded and self.splice.owned[rounded] == name:  # not of what a Relu inside makes something else of
             return self._cast(self._as_low(rounded), f"{name}/high", self.splice.types.get(rounded, FLOAT), FLOAT)
         return self._cast(LOW + tensor, f"{name}/high", self.splice.types.get(tensor, FLOAT), FLOAT)
 

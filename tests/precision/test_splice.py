@@ -87,8 +87,9 @@ def test_activations_of_both_are_compared_tensor_by_tensor():
         if fault:
             low_weight.raw_data = bytes(len(low_weight.raw_data))  # all zero
             splice = Splice(high, low)
-        sums[fault] = dict(zip(("s", "r", "n"), outputs(splice.probed(["s", "r", "n"])), strict=True))
+        sums[fault] = dict(zip(("s", "a", "r", "n"), outputs(splice.probed(["s", "a", "r", "n"])), strict=True))
     assert sums[False]["s"][0] == 0  # the stem is in both the same
+    assert 0 < sums[False]["a"][0] < 1e-2 * sums[False]["a"][1]  # before the Relu that the low file has not
     assert 0 < sums[False]["r"][0] < 1e-2 * sums[False]["r"][1]
     assert sums[True]["r"].tolist() == sums[False]["r"].tolist()
     assert sums[True]["n"][0] > 0.1 * sums[True]["n"][1]  # negative control: the fault is seen behind it
