@@ -82,7 +82,6 @@ def test_pytorch_forms_meet_the_official_logits(name, tmp_path):
 def test_the_releases_constants_are_not_interchangeable(tmp_path):
     case = case_of("sparseformer_tiny_imagenet_224x224")
     path = case.save(tmp_path / "official.pth")
-    assert off(load(variant="t", weights=str(path), options__constants="imagenet").reference, case) <= LIMIT
     assert off(load(variant="t", weights=str(path), options__constants="library").reference, case) > 20 * LIMIT
 
 
