@@ -1,17 +1,21 @@
 """A fork server: runs the command line in real processes that can be killed, without importing PyTorch for each.
 
 It reads a JSON request a line and answers with one. A request's ``stop`` sends a signal to the process at the end of a
-stage's work, before the stage is finished; ``pause`` holds a stage until the process is killed.
+stage's work, before the stage is finished; ``pause`` holds a stage until the process is killed. ``seconds`` is how long
+it may take, ``room`` how many bytes of memory it may add to what it begins with,
+``kill_after`` how many seconds it has to live.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -52,10 +56,14 @@ class ForkServer:
 
 def serve() -> None:
     import deploy.stages
+    from deploy.linting.table import table
     from deploy.models import find_system
     from deploy.models.base import count_macs
     from deploy.store import code_version
 
+    for room in ("cli", "contents", "comparing", "linting.show", "planning", "predicting", "report", "report.html"):
+        importlib.import_module(f"deploy.{room}")
+    table()
     code_version()  # the same for all children
     system = find_system("riformer")
     count_macs(system, {**system.variants["tiny"].options, "classes": 10}, (32, 32))  # without arithmetic; imports much
@@ -102,8 +110,11 @@ def _become(request: dict[str, Any], output: Path, work: Any) -> None:
 
 def _prepare(request: dict[str, Any], work: Any) -> None:
     os.environ["EFFDEPLOY_CACHE"] = request["cache"]
-    if "file_size" in request:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
+    _limit(request)
+    if "sleep" in request:
+        time.sleep(request["sleep"])
+    if "defect" in request:
+        raise RuntimeError("a defect, as asked for")
     if "stop" in request:
         stage, number = request["stop"]
         _wrap(work, METHODS[stage], after=lambda: os.kill(os.getpid(), number))
@@ -111,17 +122,36 @@ def _prepare(request: dict[str, Any], work: Any) -> None:
         stage, marker = request["pause"]
         _wrap(work, METHODS[stage], after=lambda: (Path(marker).touch(), time.sleep(120)))
     if "stop_publishing" in request:
-        rename = Path.rename
-
-        def stopped(self: Path, target: Any) -> Path:
-            if ".partial-" in self.name and "tmp" not in self.suffix and not str(self).startswith(request["cache"]):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(self, target)
-
-        Path.rename = stopped  # type: ignore[method-assign]
+        _stop_publishing(request["cache"])
     if "user" in request:
         os.setgid(request["user"])
         os.setuid(request["user"])
+
+
+def _limit(request: dict[str, Any]) -> None:
+    if "seconds" in request:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(request["seconds"])
+    if "kill_after" in request:
+        pid = os.getpid()
+        end = lambda: (time.sleep(request["kill_after"]), os.kill(pid, signal.SIGKILL))  # noqa: E731
+        threading.Thread(target=end, daemon=True).start()
+    if "room" in request:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + request["room"],) * 2)
+    if "file_size" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
+
+
+def _stop_publishing(cache: str) -> None:
+    rename = Path.rename
+
+    def stopped(self: Path, target: Any) -> Path:
+        if ".partial-" in self.name and "tmp" not in self.suffix and not str(self).startswith(cache):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+
+    Path.rename = stopped  # type: ignore[method-assign]
 
 
 def _wrap(work: Any, name: str, after: Any) -> None:
