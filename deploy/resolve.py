@@ -40,6 +40,7 @@ _GENERATED, _CALIBRATION_SEED, _CALIBRATION_BATCH = 16, 1000, 8
 
 _JUDGED, _JUDGING_SEED = 16, 3000
 
+
 def resolve_recipe(
     name_or_file: str, options: Mapping[str, tuple[str, Any]] | None = None, assignments: Sequence[str] = ()
 ) -> Recipe:
@@ -209,15 +210,6 @@ def calibration_images(system: System, recipe: Recipe) -> CalibrationImages:
     )  # fmt: skip
 
 
-def sample_feeds(inputs: InputPack, count: int) -> Feeds:
-    """Cut or repeat the pack's natural and photo images to ``count`` rows."""
-    chosen: dict[str, list[Any]] = {}
-    for chunk in inputs.chunks:
-        for row, group in enumerate(chunk.groups):
-            if group in ("natural", "photos"):
-                for name, array in chunk.feeds.items():
-                    chosen.setdefault(name, []).append(array[row])
-    return {name: np.stack([rows[i % len(rows)] for i in range(count)]) for name, rows in chosen.items()}
 def judged_images(system: System, recipe: Recipe) -> CalibrationImages:
     """Return what precisions are judged on: the recipe's photos, else its calibration images, else generated ones.
 
@@ -246,3 +238,12 @@ def judged_images(system: System, recipe: Recipe) -> CalibrationImages:
     return dataclasses.replace(found, warnings=())
 
 
+def sample_feeds(inputs: InputPack, count: int) -> Feeds:
+    """Cut or repeat the pack's natural and photo images to ``count`` rows."""
+    chosen: dict[str, list[Any]] = {}
+    for chunk in inputs.chunks:
+        for row, group in enumerate(chunk.groups):
+            if group in ("natural", "photos"):
+                for name, array in chunk.feeds.items():
+                    chosen.setdefault(name, []).append(array[row])
+    return {name: np.stack([rows[i % len(rows)] for i in range(count)]) for name, rows in chosen.items()}
