@@ -100,6 +100,7 @@ class ModelRecord:
     seconds: float
     drift: Drift | None = None  # measured by the parity stage
     names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what its options come to, where that is not what was asked
 
 
 @record

@@ -253,6 +253,7 @@ def files(run: RunRecord) -> tuple[tuple[str, int, str], ...]:
 def warnings_of(run: RunRecord) -> tuple[str, ...]:
     """Return everything that a reader must know before trusting a figure."""
     found = [f"{engine_name(e)} was built but not run: {reason_not_runnable(e)}" for e in run.engines if not e.runnable]
+    found += run.model.notes
     found += run.precision.warnings if run.precision else ()
     found += [f"{engine_name(e)}: {warning}" for e in run.engines for warning in e.audit.warnings]
     found += run.parity.notes if run.parity else ()

@@ -88,6 +88,10 @@ def _none(options: Options) -> tuple[str, ...]:
     return ()
 
 
+def _nothing_to_note(options: Options, size: Size) -> tuple[str, ...]:
+    return ()
+
+
 def _undecided(recipe: Recipe) -> Options:
     return {}
 
@@ -139,6 +143,7 @@ class System:
         selection: Where a detector selects its queries; parity then goes through ``deploy.parity.selection``.
         drawing: What ``effdeploy show`` draws on a photo.
         tuning: What ``effdeploy tune`` searches.
+        notes: ``(options, size) -> what a user must know`` of what these options come to.
         interface: ``options -> fields`` of this class that depend on the options: ``inputs``, ``outputs``, ``task``,
             ``feeds``; see ``specialised``.
     """
@@ -171,6 +176,7 @@ class System:
     selection: Selection | None = None
     drawing: Drawing | None = None
     tuning: Tuning | None = None
+    notes: Callable[[Options, Size], tuple[str, ...]] = _nothing_to_note
     interface: Callable[[Options], Mapping[str, Any]] = _as_declared
 
 
@@ -248,6 +254,7 @@ def load_model(system: System, recipe: Recipe, target: Target, console: Console 
         form=system.forms[target].name,
         form_reason=system.forms[target].reason,
         seconds=time.perf_counter() - start,
+        notes=system.notes(options, recipe.size),
     )
     return Loaded(
         system=system,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Plan = tuple[Tensor, ...]
+ALIGNED = 8  # TensorRT pads other sizes of a product by itself, each with a kernel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +169,9 @@ class MatrixPlan(nn.Module):
     """Decides by counting, without TopK, slices or scatters: who is no proposer or receiver is masked by constants.
 
     A token's rank is the number of better proposals, equal ones counted when they come earlier; its place is the number
-    of tokens that stay before it. All of it is element-wise arithmetic and reductions, which TensorRT fuses.
+    of tokens that stay before it. All of it is element-wise arithmetic and reductions, which TensorRT fuses; matrices
+    are padded to a multiple of ``ALIGNED`` tokens, as TensorRT would with kernels of their own. What is padded neither
+    proposes nor receives, and has no place.
     """
 
     heads = 2  # axis of the keys
@@ -177,13 +180,16 @@ class MatrixPlan(nn.Module):
         super().__init__()
         self.r, self.sides, self.sort = r, sides, sides.sort
         tokens, kept = sides.tokens, sides.proposers - r
-        proposes, receives = torch.zeros(tokens, dtype=dtype), torch.zeros(tokens, dtype=dtype)
-        proposes[sides.a :: 2], receives[sides.b :: 2] = 1, 1
-        earlier = torch.ones(tokens, tokens, dtype=dtype).tril(-1)
+        self.padding = -tokens % ALIGNED
+        padded = tokens + self.padding
+        proposes, receives = torch.zeros(padded, dtype=dtype), torch.zeros(padded, dtype=dtype)
+        proposes[sides.a : tokens : 2], receives[sides.b : tokens : 2] = 1, 1
+        earlier = torch.ones(padded, padded, dtype=dtype).tril(-1)
         before = sides.protected + kept
-        place = torch.arange(tokens, dtype=dtype)
-        place[sides.a :: 2] = sides.protected + torch.arange(sides.proposers, dtype=dtype)
-        place[sides.b :: 2] = before + torch.arange(sides.receivers, dtype=dtype)
+        place = torch.arange(padded, dtype=dtype)
+        place[sides.a : tokens : 2] = sides.protected + torch.arange(sides.proposers, dtype=dtype)
+        place[sides.b : tokens : 2] = before + torch.arange(sides.receivers, dtype=dtype)
+        place[tokens:] = -1
         self.mask = self._constant(4 * (proposes[:, None] * receives - 1))  # a cosine is at least -1
         self.place, self.proposes = self._constant(place), self._constant(proposes)
         self.earlier = self._constant(earlier > 0)
@@ -194,9 +200,21 @@ class MatrixPlan(nn.Module):
     def _constant(value: Tensor) -> nn.Buffer:
         return nn.Buffer(value, persistent=False)
 
+    def pad(self, x: Tensor, value: float = 0) -> Tensor:
+        """Pad [N,T,C] to the tokens of the matrices."""
+        return functional.pad(x, (0, 0, 0, self.padding), value=value) if self.padding else x
+
     def forward(self, keys: Tensor, size: Tensor | None) -> Plan:
-        """Read keys [N,T,heads,d] and sizes [N,T,1]; return weights [N,T-r,T], new sizes [N,T-r,1], places [N,T]."""
-        metric = keys.mean(2)
+        """Choose.
+
+        Args:
+            keys: [N,T,heads,d].
+            size: [N,T,1], or ``None`` for ones.
+
+        Returns:
+            Weights [N,T-r,P], new sizes [N,T-r,1], places [N,P] for P tokens, T of them and the padding.
+        """
+        metric = self.pad(keys.mean(2), 1)
         metric = metric / metric.norm(dim=-1, keepdim=True)
         scores = metric @ metric.transpose(1, 2) + self.mask
         best = scores.amax(2)
@@ -210,7 +228,7 @@ class MatrixPlan(nn.Module):
             own = torch.where(self.proposes > 0, ranks - self.r, self.place)
         places = torch.where(merged, receiver, own)
         weights = (places[:, None] == self.rows).to(keys.dtype)
-        weights = weights if size is None else weights * size.transpose(1, 2)
+        weights = weights if size is None else weights * self.pad(size, 1).transpose(1, 2)
         sizes = weights.sum(2, keepdim=True)
         return weights / sizes, sizes, places
 
@@ -223,10 +241,10 @@ class MatrixMerge(nn.Module):
         self.plan = MatrixPlan(sides, r, dtype)
 
     def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Plan]:
-        """Merge, as ``FewRowMerge``."""
+        """Merge tokens [N,T,C] of sizes [N,T,1] by keys [N,T,heads,d]; the rest as ``RowMerge``."""
         plan = self.plan(keys, size)
-        return plan[0] @ x, plan[1], plan
+        return plan[0] @ self.plan.pad(x), plan[1], plan
 
     def places(self, plan: Plan, batch: int) -> Tensor:
         """Return where each token goes by the plan of a batch, int64 [N,T]."""
-        return plan[2].long()
+        return plan[2][:, : self.plan.sides.tokens].long()

@@ -30,7 +30,7 @@ def places_of(plan: Any, got: Outputs) -> Tensor:
     if len(got) == 1:
         return got[0]
     if got[0].ndim == 3:
-        taken = got[0] > 0
+        taken = got[0][..., : sides.tokens] > 0  # behind them it is padded
         return torch.where(taken.any(1), taken.float().argmax(1), -1)
     r, count = plan.r, sides.tokens - plan.r
     stay, merged, receiver = (part.long().reshape(-1, n) for part, n in zip(got, (count, r, r), strict=True))
@@ -213,7 +213,7 @@ def tuning(schedule_of: Callable[[Mapping[str, Any], tuple[int, int]], tuple[int
         tokens, depth = start(options, size)
         plain = {"r = 0": (0,) * depth}
         for share in (0.35, 0.6, 0.85):
-            r = max(1, round(share * tokens / depth))
+            r = min(most_merged(options, tokens), max(1, round(share * tokens / depth)))
             plain[f"r = {r}"] = schedule_of({**options, "r": r, "schedule": "constant"}, size)
         r = max(1, round(0.6 * tokens / depth))
         plain[f"r = {r}, aligned"] = schedule_of({**options, "r": r, "schedule": "aligned"}, size)

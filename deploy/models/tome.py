@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,7 @@ from deploy.errors import RecipeError
 from deploy.models import vit
 from deploy.models.base import Flag, Form, System, Variant
 from deploy.models.merge_forms import MatrixMerge, RowMerge, Sides
-from deploy.models.merging import DECISIONS, DRAWING, tuning
+from deploy.models.merging import DECISIONS, DRAWING, most_merged, tuning
 from deploy.records import Target
 
 SCHEDULES = {"constant": 0.0, "decreasing": -1.0, "increasing": 1.0}
@@ -40,26 +41,35 @@ def schedule_of(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[int,
     """Return the number of tokens that each block merges away, clipped as in the paper.
 
     Raises:
-        RecipeError: a negative number, a list of another length than the depth, or an unknown schedule.
+        RecipeError: a negative number, one that no block can merge, a list of another length than the depth, or an
+            unknown schedule.
     """
-    asked, depth = _asked(options), int(options["depth"])
     tokens = vit.patch_count(options, size) + vit.prefix_count(options)
-    protected = bool(options["class_token"]) + bool(options["distilled"])
+    asked, depth = _asked(options), int(options["depth"])
+    _check_most(options, asked, tokens)
     clipped, left = [], tokens
     for r in asked:
-        clipped.append(max(0, min(r, (left - protected) // 2)))
+        clipped.append(min(r, most_merged(options, left)))
         left -= clipped[-1]
     if options["schedule"] == ALIGNED:
-        return _aligned(tokens, tokens - left, depth, protected)
+        return _aligned(tokens, tokens - left, depth, bool(options["class_token"]) + bool(options["distilled"]))
     return tuple(clipped)
+
+
+def clipping(options: Mapping[str, Any], size: tuple[int, int]) -> tuple[str, ...]:
+    """Say which schedule runs, where a block before the last has too few tokens left for the one that was asked."""
+    asked, runs = _asked(options), schedule_of(options, size)
+    clipped = [block for block in range(len(asked) - 1) if asked[block] > runs[block]]
+    if not clipped or options["schedule"] == ALIGNED:
+        return ()
+    wants, has = (",".join(map(str, schedule)) for schedule in (asked, runs))
+    return (f"from block {clipped[0] + 1} on too few tokens are left: the schedule is {has} instead of {wants}",)
 
 
 def _asked(options: Mapping[str, Any]) -> tuple[int, ...]:
     """Read ``r`` and ``schedule`` to one number a block, before clipping."""
-    r, schedule, depth = options["r"], options["schedule"], int(options["depth"])
-    if isinstance(schedule, str):
-        schedule = _number(schedule)
-    if isinstance(schedule, Sequence) and not isinstance(schedule, str):
+    r, schedule, depth = options["r"], _read(options["schedule"]), int(options["depth"])
+    if _is_list(schedule):
         return _listed(schedule, depth)
     if isinstance(r, bool) or not isinstance(r, int) or r < 0:
         raise RecipeError(f"options.r: got {r!r}, expected 0 or more tokens to merge in each block", hint="--r 8")
@@ -75,14 +85,32 @@ def _asked(options: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(int(first + step * block) for block in range(depth))
 
 
-def _number(text: str) -> Any:
+def _check_most(options: Mapping[str, Any], asked: Sequence[int], tokens: int) -> None:
+    """Refuse what not even the first block could merge; later blocks are clipped, as in the paper."""
+    listed, most = _is_list(_read(options["schedule"])), most_merged(options, tokens)
+    name, r = ("schedule", max(asked)) if listed else ("r", int(options["r"]))
+    if r > most:
+        raise RecipeError(
+            f"options.{name}: got {r}, expected at most {most}: a block merges half of its tokens, and this image has "
+            f"{tokens}",
+            hint=f"--{name} {most}" if not listed else "--schedule decreasing",
+        )
+
+
+def _is_list(schedule: Any) -> bool:
+    return isinstance(schedule, Sequence) and not isinstance(schedule, str)
+
+
+def _read(schedule: Any) -> Any:
     """Read what stands in one command-line word: a name, an inflection, or numbers with commas."""
-    if "," in text:
-        return [part.strip() for part in text.strip("[]").split(",")]
+    if not isinstance(schedule, str):
+        return schedule
+    if "," in schedule:
+        return [part.strip() for part in schedule.strip("[]").split(",")]
     try:
-        return float(text)
+        return float(schedule)
     except ValueError:
-        return text
+        return schedule
 
 
 def _listed(schedule: Sequence[Any], depth: int) -> tuple[int, ...]:
@@ -154,6 +182,7 @@ class ToMe(vit.VisionTransformer):
         super().__init__(options, size)
         self.schedule = schedule_of(options, size)
         self.prop_attn, self.groups = bool(options["prop_attn"]), bool(options["groups"])
+        self.pieces = bool(options["pieces"])
         self.protected = bool(options["class_token"]) + bool(options["distilled"])
 
     def sides(self) -> list[Sides]:
@@ -202,7 +231,7 @@ class DeployToMe(nn.Module):
         queries = self.head.reads if self.rows and not model.groups else 0
         if queries:
             schedule[-1] = 0
-        kind = vit.RowBlock if self.rows else vit.DeployBlock
+        kind = partial(vit.RowBlock, pieces=model.pieces) if self.rows else vit.DeployBlock
         self.blocks = nn.ModuleList(kind(block) for block in blocks[:-1])
         self.blocks.append(kind(blocks[-1], queries))
         self.merges = nn.ModuleList(
@@ -224,7 +253,7 @@ class DeployToMe(nn.Module):
                 x, size, plan = merging(x, size, keys, image)
                 if self.groups:
                     group = cast("RowMerge | MatrixMerge", merging).places(plan, batch).gather(1, group)
-            x = cast(vit.DeployBlock, block).feed(x)
+            x = cast(vit.RowBlock, block).feed(x, batch) if self.rows else cast(vit.DeployBlock, block).feed(x)
             groups.append(group)
         if self.rows:
             x = x.reshape(batch, -1, x.shape[-1])
@@ -272,7 +301,7 @@ def _variant(name: str, architecture: Mapping[str, Any]) -> Variant:
     return Variant(options={**architecture, **_MERGING, "r": r, "prop_attn": architecture["pool"] != "weighted"})
 
 
-_MERGING = {"r": 0, "schedule": "constant", "prop_attn": True, "groups": False}
+_MERGING = {"r": 0, "schedule": "constant", "prop_attn": True, "groups": False, "pieces": True}
 _TINY = {**vit.options_of(32, 32, depth=4, heads=2), **_MERGING, "r": 6}
 
 SYSTEM = System(
@@ -309,9 +338,11 @@ SYSTEM = System(
     adapt=vit.adapt,
     extra_outputs=extra_outputs,
     keep_fp32=keep_fp32,
+    options_for=lambda recipe: {"pieces": False} if recipe.precision.quantised else {},
     decisions=DECISIONS,
     drawing=DRAWING,
     tuning=tuning(schedule_of),
+    notes=clipping,
     flags=(
         Flag(name="r", key="options.r", help="tokens that each block merges away; 0 is the plain model"),
         Flag(

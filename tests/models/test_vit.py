@@ -34,7 +34,7 @@ LAYOUTS = {  # ours -> timm's keyword arguments
 
 
 def options_of(**changes):
-    merging = {"r": 0, "schedule": "constant", "prop_attn": True, "groups": False}
+    merging = {"r": 0, "schedule": "constant", "prop_attn": True, "groups": False, "pieces": True}
     return {**vit.options_of(SMALL["width"]), **SMALL, **merging, "classes": 10, **changes}
 
 
@@ -80,6 +80,7 @@ def test_a_checkpoint_of_another_size_is_resampled_and_the_report_says_so(tmp_pa
     state = random_state(empty_state(SYSTEM, {**SYSTEM.variants["tiny"].options, "classes": 1000}, (224, 224), ""), 0)
     save_file(state, tmp_path / "small.safetensors")
     options = {"variant": ("", "tiny"), "weights": ("", str(tmp_path / "small.safetensors")), "size": ("", "96x64")}
+    options["options.r"] = ("", 2)  # of 7 tokens
     loaded = load_model(SYSTEM, resolve_recipe("tome", options), Target.ONNXRUNTIME)
     assert "pos_embed adapted from (1, 50, 32) to (1, 7, 32)" in loaded.record.weights.statement
     assert torch.equal(loaded.reference.pos_embed, vit.resample(state["pos_embed"], 1, (3, 2)))
