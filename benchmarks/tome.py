@@ -60,8 +60,10 @@ class Drop(nn.Module):
         return x.reshape(len(keys), -1, x.shape[1])[:, : self.keep].reshape(-1, x.shape[1]), None, ()
 
 
-def load(variant: str, r: int, target: Target) -> Loaded:
-    return load_model(SYSTEM, resolve_recipe("tome", {"variant": ("", variant), "options.r": ("", r)}), target)
+def load(variant: str, r: int, target: Target, depth: int = 0) -> Loaded:
+    """Load a variant with random weights; ``depth``: of its first blocks only."""
+    chosen = {"variant": ("", variant), "options.r": ("", r), **({"options.depth": ("", depth)} if depth else {})}
+    return load_model(SYSTEM, resolve_recipe("tome", chosen), target)
 
 
 def drop_bound(loaded: Loaded) -> nn.Module:
@@ -110,17 +112,16 @@ def row(variant: str, batch: int, r: int, macs: float, record: BenchRecord) -> R
     }  # fmt: skip
 
 
-def kernels(variants: list[str], folder: Path) -> Iterator[Row]:
+def kernels(variants: list[str], depth: int, folder: Path) -> Iterator[Row]:
     """Build each variant unmerged and merged as its recipe says; yield counts of kernels and fused attention."""
     if reason := load_backend("tensorrt_rtx").available():
         raise SystemExit(f"not built: {reason}")
     for variant in variants:
-        for precision in (Precision.FP16, Precision.FP32):
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                rows = [built(variant, r, precision, Path(scratch)) for r in (0, merged_by(variant))]
-            layers = rows[1]["merging"]
-            for row in rows:
-                row["added"] = {sm: (row[sm]["kernels"] - rows[0][sm]["kernels"]) / layers for sm in SMS}
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            plain, merged = (built(variant, r, depth, Path(scratch) / f"{r}") for r in (0, merged_by(variant)))
+            for row, other in itertools.chain(zip(plain, plain, strict=True), zip(merged, plain, strict=True)):
+                layers = row["merging"] or 1
+                row["added"] = {sm: round((row[sm]["kernels"] - other[sm]["kernels"]) / layers, 2) for sm in SMS}
                 print(json.dumps(row), flush=True)
                 yield row
 
@@ -130,27 +131,31 @@ def merged_by(variant: str) -> int:
     return int(SYSTEM.variants[variant].options["r"])
 
 
-def built(variant: str, r: int, precision: Precision, folder: Path) -> Row:
-    """Build one engine a compute capability."""
-    loaded, place = load(variant, r, Target.TENSORRT), folder / f"{r}"
-    path = on_the_road(loaded.deploy, loaded.inputs[0], 1, Target.TENSORRT, place)
-    if precision is not Precision.FP32:
-        keep = SYSTEM.keep_fp32({**SYSTEM.variants[variant].options, "r": r})
-        path = place / convert_precision(path, precision, place, keep=keep, target=Target.TENSORRT).artifact.name
-    options = BuildOptions(precision=precision, batch=Batch(), inputs=loaded.inputs, sm=tuple(SMS.values()))
-    engines = load_backend("tensorrt_rtx").build(path, place, options)
-    counts = {
-        name: {"kernels": sum(engine.audit.kernels.values()), "fused": engine.audit.fused.get("attention", 0)}
-        for name, engine in zip(SMS, engines, strict=True)
-    }
+def built(variant: str, r: int, depth: int, folder: Path) -> list[Row]:
+    """Build engines in FP16 and FP32, one a compute capability."""
+    loaded = load(variant, r, Target.TENSORRT, depth)
+    path = on_the_road(loaded.deploy, loaded.inputs[0], 1, Target.TENSORRT, folder)
     merging = sum(not isinstance(m, nn.Identity) for m in loaded.deploy.merges)
-    blocks = len(loaded.deploy.blocks)
-    return {"model": variant, "precision": precision.value, "r": r, "blocks": blocks, "merging": merging, **counts}
+    blocks, rows = len(loaded.deploy.blocks), []
+    for precision in (Precision.FP16, Precision.FP32):
+        typed = path
+        if precision is not Precision.FP32:
+            keep = SYSTEM.keep_fp32({**SYSTEM.variants[variant].options, "r": r})
+            typed = folder / convert_precision(path, precision, folder, keep=keep, target=Target.TENSORRT).artifact.name
+        options = BuildOptions(precision=precision, batch=Batch(), inputs=loaded.inputs, sm=tuple(SMS.values()))
+        engines = load_backend("tensorrt_rtx").build(typed, folder, options)
+        counts = {
+            name: {"kernels": sum(engine.audit.kernels.values()), "fused": engine.audit.fused.get("attention", 0)}
+            for name, engine in zip(SMS, engines, strict=True)
+        }
+        about = {"model": variant, "precision": precision.value, "r": r, "blocks": blocks, "merging": merging}
+        rows.append({**about, **counts})
+    return rows
 
 
 def keep(name: str, found: Row) -> None:
     """Write a row to the result file, in place of an earlier one of the same case."""
-    path, case = RESULTS / "tome.json", ("model", "batch", "precision", "r")
+    path, case = RESULTS / "tome.json", ("model", "batch", "precision", "r", "blocks")
     data = json.loads(path.read_text()) if path.exists() else {"cpu": [], "kernels": []}
     others = [row for row in data[name] if any(row.get(key) != found.get(key) for key in case)]
     tables = {"cpu": data["cpu"], "kernels": data["kernels"], name: [*others, found]}
@@ -163,11 +168,12 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", type=int, default=list(RATES), help="tokens merged in each block")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of these batch sizes")
     parser.add_argument("--kernels", action="store_true", help="count kernels instead of timing")
+    parser.add_argument("--depth", type=int, default=0, help="with --kernels: so many blocks of each; 0: all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         if options.kernels:
-            cases = [kernels(options.models, Path(scratch))]
+            cases = [kernels(options.models, options.depth, Path(scratch))]
         else:
             cases = [
                 measure(variant, batch, options.rates, options.rounds, Path(scratch) / f"{variant}-{batch}")
