@@ -60,6 +60,8 @@ RANDOM_OVERLAP_8_BITS = 0.2  # rounded to 256 levels, random weights select othe
 _NOTHING = Tolerance()
 BEFORE = ("deploy form", "traced")  # float32 stages from which the graph of gate A is made
 JUDGED_GROUPS = ("noise", "natural", "photos")  # on plain extremes most positions are tied, and overlap says nothing
+# Ranges of 8 bits are measured on photos and clip what lies outside: what a detector finds elsewhere is no decision.
+CALIBRATED_GROUPS = ("photos", "natural")  # the first that the inputs have
 
 
 def check_selection(
@@ -103,9 +105,8 @@ def check_selection(
         if file.precision is Precision.FP32:
             check = gate_a(file.stage, mine, theirs, limits=tolerances[file.precision.value])
         else:
-            limits = tolerances[file.precision.value]
-            least = RANDOM_OVERLAP_8_BITS if file.precision.quantised else RANDOM_OVERLAP
-            check = gate_b(file.stage, mine, theirs, groups, limits, overlap, random=random, random_overlap=least)
+            limits, quantised = tolerances[file.precision.value], file.precision.quantised
+            check = gate_b(file.stage, mine, theirs, groups, limits, overlap, random=random, quantised=quantised)
         if isinstance(file, SelectingFile) and file.typed:
             check = _failing(check, islands(file.typed(), names))
         checks.append(dataclasses.replace(check, seconds=time.perf_counter() - start))
@@ -195,7 +196,7 @@ def gate_a(
 
 def gate_b(
     stage: str, expected: Sequence[Image], got: Sequence[Image], groups: Sequence[str], limits: Tolerance,
-    overlap: float, *, random: bool, random_overlap: float = RANDOM_OVERLAP,
+    overlap: float, *, random: bool, quantised: bool = False,
 ) -> SelectionCheck:  # fmt: skip
     """Hold decisions in reduced precision to PyTorch's.
 
@@ -207,14 +208,18 @@ def gate_b(
         limits: Of the precision.
         overlap: Least IoU of a match.
         random: Judge only what holds for any weights.
-        random_overlap: Share of queries that right graphs select alike on random weights.
+        quantised: Judge images that calibrated ranges are for, and hold the others to be finite.
     """
-    check = _measured("B", stage, expected, got, overlap)
-    plain = [i for i, group in enumerate(groups) if group in JUDGED_GROUPS]
-    shared = _overlap([expected[i] for i in plain], [got[i] for i in plain])
-    check = dataclasses.replace(check, overlap=shared, random=random)
-    least = ("the selection shared is", shared, random_overlap if random else limits.overlap)
-    found = [f"{least[0]} {units.percent(shared)} < {units.percent(least[2])}"] if _below(shared, least[2]) else []
+    calibrated = next((group for group in CALIBRATED_GROUPS if quantised and group in groups), None)
+    plain = [i for i, group in enumerate(groups) if group == calibrated or (not calibrated and group in JUDGED_GROUPS)]
+    decided = plain if calibrated else range(len(groups))
+    check = _measured("B", stage, _of(expected, decided), _of(got, decided), overlap)
+    shared = _overlap(_of(expected, plain), _of(got, plain))
+    check = dataclasses.replace(check, overlap=shared, random=random, images=len(got))
+    found = _not_finite([image for i, image in enumerate(got) if i not in decided])
+    least = (RANDOM_OVERLAP_8_BITS if quantised else RANDOM_OVERLAP) if random else limits.overlap
+    if shared is not None and least is not None and _below(shared, least):
+        found.append(f"the selection shared is {units.percent(shared)} < {units.percent(least)}")
     if random:
         return _failing(check, found)
     if _below(check.matched, limits.matched):
@@ -225,8 +230,23 @@ def gate_b(
     ):
         if value is not None and limit is not None and not value <= limit:
             found.append(f"{what} {units.number(value)} > {units.given(limit)}")
-    note = f"{stage}: {check.matches}; photos of what it was trained on would judge more (--images DIR)"
-    return dataclasses.replace(_failing(check, found), notes=(note,) if check.matched is None else ())
+    notes = []
+    if check.matched is None:
+        notes.append(f"{stage}: {check.matches}; photos of what it was trained on would judge more (--images DIR)")
+    if outside := len(got) - len(decided):
+        notes.append(
+            f"{stage}: {outside} images that are no {calibrated} lie outside the calibrated ranges: held finite"
+        )
+    return dataclasses.replace(_failing(check, found), notes=tuple(notes))
+
+
+def _of(images: Sequence[Image], places: Sequence[int]) -> list[Image]:
+    return [images[place] for place in places]
+
+
+def _not_finite(images: Sequence[Image]) -> list[str]:
+    bad = sum(not image.finite() for image in images)
+    return [f"NaN or infinity in {bad} of {len(images)} images"] if bad else []
 
 
 def _tied(seen: Seen) -> bool:
@@ -267,7 +287,7 @@ def _measured(
 ) -> SelectionCheck:
     """Measure what both gates report."""
     pairs = list(zip(expected, got, strict=True))
-    bad = sum(not b.finite() for _, b in pairs)
+    bad = _not_finite(got)
     matches = Matches.over(match_detections(_detections(a), _detections(b), overlap) for a, b in pairs if b.finite())
     seen = [_aligned(a.seen, b.seen) for a, b in pairs if a.seen and b.seen and b.finite()]
     rows = np.concatenate([s.logits for s in seen]) if seen else np.zeros(0)
@@ -289,7 +309,7 @@ def _measured(
         score=matches.score if matches.share is not None else None,
         random=False,
         ok=not bad,
-        failures=(f"NaN or infinity in {bad} of {len(pairs)} images",) if bad else (),
+        failures=tuple(bad),
         notes=(),
         seconds=0.0,
     )

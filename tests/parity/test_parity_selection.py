@@ -151,8 +151,8 @@ def test_gate_a_holds_the_outputs_as_well():
     assert "output 'boxes': max_relative" in check.failures[0]
 
 
-def b(expected, got, *, random=False, limits=LIMITS, groups=("photos",)):
-    return gate_b("fp16", [expected], [got], groups, limits, 0.85, random=random)
+def b(expected, got, *, random=False, limits=LIMITS, groups=("photos",), quantised=False):
+    return gate_b("fp16", [expected], [got], groups, limits, 0.85, random=random, quantised=quantised)
 
 
 def test_gate_b_judges_decisions():
@@ -204,6 +204,26 @@ def test_overlap_is_judged_where_positions_are_not_tied():
     limits = Tolerance(overlap=0.9)
     assert b(image, other, groups=("extremes",), limits=limits).ok
     assert not b(image, other, groups=("natural",), limits=limits).ok
+
+
+def test_calibrated_ranges_are_judged_on_what_they_were_measured_for():
+    """Noise beyond the ranges is clipped: what is found in it is no decision, NaN in it is one."""
+    image = run()
+    wrong = outputs(image, labels=(image.outputs["labels"] + 1) % CLASSES)
+    broken = outputs(image, scores=image.outputs["scores"] * np.nan)
+
+    def judge(got, groups, *, quantised=True):
+        pairs = [image] * len(got), got
+        return gate_b("int8", *pairs, groups, LIMITS, 0.85, random=False, quantised=quantised)
+
+    check = judge([image, wrong, wrong], ("photos", "noise", "extremes"))
+    assert (check.ok, check.images, check.matched) == (True, 3, 1.0)
+    assert "2 images that are no photos" in check.notes[0]
+    assert judge([image, wrong], ("photos", "natural")).ok
+    for groups in (("photos", "photos"), ("noise", "natural")):
+        assert not judge([image, wrong], groups).ok
+    assert not judge([image, wrong], ("photos", "noise"), quantised=False).ok
+    assert "NaN or infinity in 1 of 1 images" in judge([image, broken], ("photos", "noise")).failures
 
 
 def test_a_stage_of_which_only_outputs_are_seen_is_judged_by_them():
