@@ -324,8 +324,8 @@ SYSTEM = System(
         ),
         Target.TENSORRT: Form(
             name="places by counting, merged by one matrix product",
-            reason="8 kernels per merging block in FP16 for SM89 (DeiT-S); attention stays one kernel (TensorRT-RTX build "
-            "log)",
+            reason="8 kernels per merging block in FP16 for SM89 (DeiT-S); attention stays one kernel "
+            "(TensorRT-RTX build log)",
         ),
     },
     recipe={"system": "tome", "variant": "deit_small_patch16_224", "size": 224},
