@@ -15,6 +15,7 @@ import numpy as np
 from deploy import units
 from deploy.backends import BACKENDS
 from deploy.backends.base import Feeds
+from deploy.backends.gpu import first_gpu
 from deploy.bench import BenchOptions
 from deploy.errors import RecipeError, SizeError, UnknownNameError, did_you_mean
 from deploy.models import SYSTEMS, find_system
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from deploy.models.base import Flag, System
 
 _GENERATED, _CALIBRATION_SEED, _CALIBRATION_BATCH = 16, 1000, 8
-
 _JUDGED, _JUDGING_SEED = 16, 3000
 
 
@@ -63,7 +63,18 @@ def resolve_recipe(
         if name not in system.variants:
             raise UnknownNameError(f"{system.name} has no variant {name!r}", hint=did_you_mean(name, system.variants))
     recipe = resolve(layers, partial(_mistakes, system))
-    return recipe.model_copy(update={"options": {**system.options_for(recipe), **recipe.options}})
+    return recipe.model_copy(update={"options": {**system.options_for(_placed(recipe)), **recipe.options}})
+
+
+def _placed(recipe: Recipe) -> Recipe:
+    """Return the recipe with the device that ``auto`` comes to here, for systems whose form depends on it."""
+    engine = recipe.engine
+    if engine.backend != "onnxruntime" or engine.device != "auto" or first_gpu() is None:
+        return recipe
+    from deploy.backends.onnxruntime import takes_gpu  # imports the runtime, and few machines get here
+
+    device = "cuda" if takes_gpu(engine.device) else "cpu"
+    return recipe.model_copy(update={"engine": engine.model_copy(update={"device": device})})
 
 
 def _qualified(system: System, assignments: Sequence[str]) -> list[str]:

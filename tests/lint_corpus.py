@@ -77,7 +77,18 @@ def without_numbers(folder: Path) -> Path:
     return written(with_weight(np.array([0.0, np.nan], np.float32)), folder)
 
 
+def with_transform(folder: Path, pixels: int) -> Path:
+    """Write a product of a constant [pixels,36] with tiles, as filtered convolutions end."""
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, size, 8)) for n, size in (("x", 36), ("y", pixels)))
+    node = helper.make_node("MatMul", ["w", "x"], ["y"], "outputs")
+    weight = numpy_helper.from_array(np.ones((pixels, 36), np.float32), "w")
+    graph = helper.make_graph([node], "g", [x], [y], [weight])
+    return written(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder)
+
+
 MADE = {
+    "filtered": ({"filtered-convolution"}, lambda folder: with_transform(folder, 16)),
+    "other-product": (set(), lambda folder: with_transform(folder, 12)),
     "ir-14": ({"ir-too-new"}, lambda folder: with_version(folder, 14)),
     "ir-13": (set(), lambda folder: with_version(folder, 13)),
     "weight-nan": ({"weight-nan"}, without_numbers),

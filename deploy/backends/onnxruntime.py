@@ -303,6 +303,15 @@ def _threads(options: BuildOptions) -> int:
     return 0 if usable == os.cpu_count() else usable
 
 
+def takes_gpu(device: str) -> bool:
+    """Whether sessions of a device go to a GPU here, as far as that can be known without opening one.
+
+    Raises:
+        BackendUnavailableError: no ONNX Runtime, or no usable GPU for ``device="cuda"``.
+    """
+    return _providers(BACKEND._require(), BuildOptions(device=device))[0] == CUDA
+
+
 def _providers(runtime: Any, options: BuildOptions) -> list[str]:
     """Choose providers: CUDA only where the wheel has it and the driver has a GPU."""
     if options.device not in ("auto", "cpu", "cuda"):

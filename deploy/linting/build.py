@@ -24,7 +24,8 @@ def check_before_build(
     Args:
         path: The ONNX file that the backend is given.
         backend: Its name.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; rules about CPU kernels count where the CPU may run it.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``; rules about CPU kernels count where the CPU runs it
+            here, those about GPUs unless ``"cpu"`` was said: what ``"auto"`` comes to here need not hold elsewhere.
         console: Where warnings go.
         stop: False: errors are told as warnings are, and the backend has the last word (``engine.lint: warn``).
 
@@ -37,7 +38,8 @@ def check_before_build(
     goal, covered = goal_of_backend(backend)
     if goal is None:
         return None
-    record = lint_file(path, (goal,), cpu=device == "cpu" or (device == "auto" and first_gpu() is None))
+    cpu = device == "cpu" or (device == "auto" and first_gpu() is None)
+    record = lint_file(path, (goal,), cpu=cpu, gpu=device != "cpu")
     if covered and stop and record.count(ERROR):
         raise lint_error(record)
     warn_of_findings(record, console)

@@ -19,13 +19,14 @@ _NAMED = 8  # nodes that a finding names
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, OSError, RuntimeError)
 
 
-def lint_file(path: Path, goals: Sequence[Goal], *, cpu: bool = True) -> LintRecord:
+def lint_file(path: Path, goals: Sequence[Goal], *, cpu: bool = True, gpu: bool = True) -> LintRecord:
     """Hold a file against every rule that is about one of the goals.
 
     Args:
         path: An ONNX file; data beside it is read only where a rule needs its values.
         goals: Runtimes and versions.
         cpu: Whether rules about CPU kernels count.
+        gpu: Whether rules about GPUs count.
 
     Raises:
         StorageError: the file cannot be read.
@@ -37,7 +38,7 @@ def lint_file(path: Path, goals: Sequence[Goal], *, cpu: bool = True) -> LintRec
     applied = 0
     for rule in table().rules:
         severities = {str(goal): severity for goal in goals if (severity := rule.severity(goal))}
-        if not severities or (rule.device == "cpu" and not cpu):
+        if not severities or not {"cpu": cpu, "gpu": gpu}.get(rule.device, True):
             continue
         applied += 1
         if rule.opsets and not SpecifierSet(rule.opsets).contains(str(view.opsets.get("", 0))):

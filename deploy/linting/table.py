@@ -43,7 +43,7 @@ class Rule:
         what: What is wrong; ``{found}`` stands for what was found.
         fix: What to do.
         source: Where it is written.
-        device: "cpu" where a rule is about a runtime's CPU kernels only.
+        device: "cpu" where a rule is about a runtime's CPU kernels only, "gpu" where it is about GPUs only.
         known_bad: Entry of ``deploy/data/known_bad.yaml`` that gives versions, words and source.
     """
 

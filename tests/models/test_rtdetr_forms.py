@@ -5,11 +5,15 @@ from __future__ import annotations
 from functools import partial
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch.nn import functional
 
+from deploy.backends.gpu import Gpu
+from deploy.console import Console, Mode
 from deploy.graph.pipeline import run_passes
+from deploy.linting.build import check_before_build
 from deploy.models.base import load_model, measure_drift
 from deploy.models.rtdetr import SYSTEM, winograd
 from deploy.models.rtdetr.layers import ConvNorm, folded
@@ -76,6 +80,14 @@ def test_only_float32_on_onnx_runtimes_cpu_filters_unless_it_is_told():
     assert told.options["convolutions"] == "winograd"
 
 
+def test_a_machine_whose_gpu_onnx_runtime_takes_does_not_filter(monkeypatch):
+    for place in ("deploy.resolve", "deploy.backends.onnxruntime"):
+        monkeypatch.setattr(f"{place}.first_gpu", lambda: Gpu(name="made up", sm=89))
+    takes = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    assert dict(resolve_recipe("rtdetr").options) == ({"convolutions": "direct"} if takes else {})
+    assert dict(resolve_recipe("rtdetr", {"engine.device": ("", "cpu")}).options) == {}
+
+
 @pytest.mark.parametrize("channels", [[24, 40, 56], [90, 40, 56]])
 def test_sums_in_place_of_concatenations_are_the_same_encoder(channels):
     """With few channels below, the input projection goes into the blocks; with many it stays."""
@@ -124,6 +136,9 @@ def test_a_filtered_convolution_keeps_its_nine_numbers_and_float32(tmp_path):
     traced = onnx_from_torch(module, request, tmp_path)
     patched = run_passes(tmp_path / traced.artifact.name, Target.ONNXRUNTIME, tmp_path)
     assert patched.artifact.size < 1.3 * block.conv.weight.numel() * 4
+    for backend, device, told in (("onnxruntime", "auto", 1), ("onnxruntime", "cpu", 0), ("tensorrt", "auto", 1)):
+        record = check_before_build(tmp_path / patched.artifact.name, backend, device, Console(Mode.SILENT))
+        assert [f.rule for f in record.findings].count("filtered-convolution") == told
     keep = SYSTEM.keep_fp32({**SYSTEM.variants["tiny"].options, "classes": 80})[-1:]  # the others name the decoder
     for kept, precision in ((keep, onnx.TensorProto.FLOAT), ((), onnx.TensorProto.FLOAT16)):  # the second: a control
         typed = convert_precision(

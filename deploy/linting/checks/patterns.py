@@ -68,6 +68,14 @@ def split_gelu(view: View, rule: Any) -> Iterator[Hit]:
             yield hit(site)
 
 
+def filtered_convolution(view: View, rule: Any) -> Iterator[Hit]:
+    """Winograd's F(4x4, 3x3) in single operators (RT-DETR's form for CPUs); the outputs' transform stands for it."""
+    for site in sites(view, rule):
+        name = site.node.input[0] if site.node.input else ""
+        if name in view.constants and view.shape_of(site.node, 0) == (16, 36):
+            yield hit(site)
+
+
 def _decomposable(view: View, site: Site) -> bool:
     """Whether TensorRT-RTX 1.7.1 takes the node apart where it has no kernel.
 
@@ -119,5 +127,14 @@ def _reads(view: View, node: NodeProto, number: float) -> bool:
 
 
 PATTERNS: dict[str, Check] = {
-    check.__name__: check for check in (attention_type, head_size, value_size, mask_type, split_layer_norm, split_gelu)
+    check.__name__: check
+    for check in (
+        attention_type,
+        head_size,
+        value_size,
+        mask_type,
+        split_layer_norm,
+        split_gelu,
+        filtered_convolution,
+    )
 }
