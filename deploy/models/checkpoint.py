@@ -10,6 +10,7 @@ import difflib
 import itertools
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,12 +251,16 @@ def fit_checkpoint(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Misfit:
-    """One difference between a checkpoint and a layout; the neighbour is looked for only when it is shown."""
+    """One difference between a checkpoint and a layout; the neighbour is looked for only when it is shown.
+
+    ``shapes``: the checkpoint's and the expected one, where they are what differs.
+    """
 
     kind: str
     text: str
     name: str = ""
     among: Mapping[str, str] = field(default_factory=dict)
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def __str__(self) -> str:
         near = difflib.get_close_matches(self.name, list(self.among)[:_NEIGHBOURS], n=1, cutoff=0.6)
@@ -276,11 +281,22 @@ def _summary(misfits: list[_Misfit]) -> str:
 def _hint(misfits: list[_Misfit], missing: float, variant: str) -> str:
     if variant:
         return f"it fits --variant {variant}"
-    if len(misfits) <= 2 and all(m.kind == "shape" and "head" in m.text for m in misfits):
-        return "another number of classes? --set classes=N"
+    if classes := _classes(misfits):
+        return f"another number of classes? --set classes={classes}"
     if missing > _FOREIGN:
         return "it looks like the checkpoint of another model; effdeploy list shows the systems"
     return "check --variant and the file"
+
+
+def _classes(misfits: list[_Misfit]) -> int:
+    """Return the number of classes that a checkpoint seems to have, where that alone makes it misfit; else 0.
+
+    Heads of another number have as many rows more or less, and so has a table of classes with one row for none.
+    """
+    shapes = [m.shapes for m in misfits if m.shapes and m.shapes[0] and m.shapes[0][1:] == m.shapes[1][1:]]
+    if len(shapes) < len(misfits) or len({got[0] - want[0] for got, want in shapes}) != 1:
+        return 0
+    return Counter(got[0] for got, _ in shapes).most_common(1)[0][0]
 
 
 def _adapted(weight_map: WeightMap, tensors: State, state: State) -> str:
@@ -308,7 +324,8 @@ def _apply(weight_map: WeightMap, tensors: State, expected: Mapping[str, torch.T
             misfits.append(_Misfit(kind="missing", text=name, name=name, among=unexpected))
         elif state[name].shape != like.shape:
             got, want = tuple(state[name].shape), tuple(like.shape)
-            misfits.append(_Misfit(kind="shape", text=f"{origin[name]} is {got}, {name} needs {want}"))
+            text = f"{origin[name]} is {got}, {name} needs {want}"
+            misfits.append(_Misfit(kind="shape", text=text, shapes=(got, want)))
         elif (fitting := _as_type(state[name], like.dtype, name)) is None:
             types = [str(d).removeprefix("torch.") for d in (state[name].dtype, like.dtype)]
             misfits.append(_Misfit(kind="dtype", text=f"{origin[name]} is {types[0]}, {name} needs {types[1]}"))

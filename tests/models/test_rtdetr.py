@@ -264,3 +264,11 @@ def test_bad_input_is_refused_with_what_was_expected(tmp_path):
     with pytest.raises(CheckpointError, match="does not fit") as error:
         load("r18vd", "640", tmp_path / "tiny.pth")
     assert "--variant tiny" in str(error.value.hint)
+    fewer = resolve_recipe("rtdetr", {"variant": ("", "tiny"), "size": ("", "64"), "classes": ("", 20),
+                                      "weights": ("", str(tmp_path / "tiny.pth"))})  # fmt: skip
+    with pytest.raises(CheckpointError, match="does not fit") as error:
+        load_model(SYSTEM, fewer, Target.ONNXRUNTIME)
+    assert "--set classes=80" in str(error.value.hint)
+    with pytest.raises(RecipeError, match="the target is onnxruntime") as error:
+        load("tiny", "64", sampling="plugin")
+    assert "--backend tensorrt" in str(error.value.hint)
