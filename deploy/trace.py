@@ -122,9 +122,8 @@ def bare_export(module: nn.Module, arguments: tuple[torch.Tensor, ...], path: Pa
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
     """Send what the exporter warns and logs to our log instead of the terminal, where torch's own handlers write."""
-    noisy = [
-        logging.getLogger(name) for name in ("torch", *logging.root.manager.loggerDict) if name.startswith("torch")
-    ]
+    names = ("torch", "onnxscript", *logging.root.manager.loggerDict)
+    noisy = [logging.getLogger(name) for name in names if name.startswith(("torch", "onnxscript"))]
     kept = [(logger, logger.handlers[:], logger.propagate) for logger in noisy]
     for logger in noisy:
         logger.handlers, logger.propagate = [logging.NullHandler()], True

@@ -13,7 +13,7 @@ from torch import nn
 
 from deploy.errors import RecipeError, TraceError
 from deploy.records import Batch, Target, TensorSpec
-from deploy.trace import TraceRequest, choose_opset, onnx_from_torch
+from deploy.trace import TraceRequest, choose_opset, onnx_from_torch, quiet_torch
 
 
 def request(batch="1", opset=20, shape=("batch", 3, 8, 8)):
@@ -252,3 +252,14 @@ def test_another_number_of_inputs_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(trace, "_check_interface", lambda m, r, o: real(m, doubled, o))
     with pytest.raises(TraceError, match=r"1 inputs exported \(images\), asked 2"):
         export(tmp_path, Net())
+
+
+def test_what_the_exporter_logs_stays_off_the_terminal():
+    """Where no handler is found, Python's last resort prints warnings to stderr."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript")]
+    before = [logger.handlers[:] for logger in loggers]
+    with quiet_torch():
+        assert all(isinstance(h, logging.NullHandler) for logger in loggers for h in logger.handlers)
+        assert all(logger.handlers for logger in loggers)
+    assert [logger.handlers for logger in loggers] == before
+    assert not logging.getLogger("onnxscript").handlers, "it has a handler by itself now: this help is not needed"
