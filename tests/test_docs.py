@@ -379,7 +379,7 @@ def test_the_example_system_keeps_the_contract(new_system, tmp_path):
     contract.test_random_weights_are_alive_and_deterministic(new_system)
     for target in Target:
         contract.test_to_deploy_keeps_the_function_and_its_input(new_system, target, torch.float64, 1e-10)
-    contract.test_graph_agrees_with_pytorch_on_onnx_runtime(new_system, Target.ONNXRUNTIME, "1:2:4", tmp_path)
+    contract.test_graph_agrees_with_pytorch_on_onnx_runtime(new_system, Target.ONNXRUNTIME, "1:2:4", False, tmp_path)
     assert new_system.weight_maps[0].rename("features.3.conv.weight") == "blocks.3.conv.weight"
 
 

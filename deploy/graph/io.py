@@ -67,7 +67,40 @@ def parse_model(data: bytes, name: str) -> onnx.ModelProto:
             f"{len(model.graph.output)} outputs, expected at least one of each",
             hint="export it again",
         )
+    if broken := next((text for text in _texts(model) if isinstance(text, bytes)), None):
+        raise GraphPassError(
+            f"{name} is broken: a name in it is no text, {broken[:40]!r} is not UTF-8", hint="export it again"
+        )
     return model
+
+
+def _texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
+    """Yield every name; protobuf hands one that is not UTF-8 over as bytes, and only when it is read."""
+    yield from (model.producer_name, model.producer_version, model.domain)
+    yield from (each.domain for each in model.opset_import)
+    yield from (text for each in model.metadata_props for text in (each.key, each.value))
+    for graph in (model.graph, *model.functions):
+        yield from _texts_of(graph)
+
+
+def _texts_of(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[str | bytes]:
+    yield graph.name
+    if isinstance(graph, onnx.GraphProto):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            yield value.name
+            yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+        for weight in graph.initializer:
+            yield weight.name
+            yield from (text for each in weight.external_data for text in (each.key, each.value))
+    else:
+        yield from (graph.domain, *graph.input, *graph.output, *graph.attribute)
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (text for each in node.metadata_props for text in (each.key, each.value))
+        for attribute in node.attribute:
+            yield attribute.name
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _texts_of(inner)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:

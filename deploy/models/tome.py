@@ -31,6 +31,7 @@ from deploy.models import vit
 from deploy.models.base import Flag, Form, System, Variant
 from deploy.models.merge_forms import MatrixMerge, RowMerge, Sides
 from deploy.models.merging import DECISIONS, DRAWING, most_merged, tuning
+from deploy.models.vit_rows import RowBlock
 from deploy.records import Target
 
 SCHEDULES = {"constant": 0.0, "decreasing": -1.0, "increasing": 1.0}
@@ -231,7 +232,7 @@ class DeployToMe(nn.Module):
         queries = self.head.reads if self.rows and not model.groups else 0
         if queries:
             schedule[-1] = 0
-        kind = partial(vit.RowBlock, pieces=model.pieces) if self.rows else vit.DeployBlock
+        kind = partial(RowBlock, pieces=model.pieces) if self.rows else vit.DeployBlock
         self.blocks = nn.ModuleList(kind(block) for block in blocks[:-1])
         self.blocks.append(kind(blocks[-1], queries))
         self.merges = nn.ModuleList(
@@ -253,7 +254,7 @@ class DeployToMe(nn.Module):
                 x, size, plan = merging(x, size, keys, image)
                 if self.groups:
                     group = cast("RowMerge | MatrixMerge", merging).places(plan, batch).gather(1, group)
-            x = cast(vit.RowBlock, block).feed(x, batch) if self.rows else cast(vit.DeployBlock, block).feed(x)
+            x = cast(RowBlock, block).feed(x, batch) if self.rows else cast(vit.DeployBlock, block).feed(x)
             groups.append(group)
         if self.rows:
             x = x.reshape(batch, -1, x.shape[-1])
@@ -265,7 +266,7 @@ class DeployToMe(nn.Module):
         """Run the attention half of a block; the logarithm of its size weighs each key where ``size`` is given."""
         if self.rows:
             bias = None if size is None else size.log().reshape(batch, 1, 1, -1)
-            return cast(vit.RowBlock, block).attend(x, bias, batch)
+            return cast(RowBlock, block).attend(x, bias, batch)
         return cast(vit.DeployBlock, block).attend(x, None if size is None else size.log().transpose(1, 2)[:, None])
 
 

@@ -180,3 +180,33 @@ def test_op_counts_are_sorted_and_name_foreign_domains() -> None:
     model.graph.node.append(onnx.helper.make_node("FastGelu", ["y"], ["z"], domain="com.microsoft"))
     assert list(op_counts(model).items()) == [("Abs", 1), ("Relu", 2), ("com.microsoft::FastGelu", 1)]
     assert control_flow(model) == ""
+
+
+def nameable() -> onnx.ModelProto:
+    """Return a model with a marked name of each kind."""
+    inner = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["inner#6"])], "g",
+        [], [onnx.helper.make_tensor_value_info("inner#6", onnx.TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    node = onnx.helper.make_node("If", ["c"], ["z"], name="node#0", then_branch=inner, else_branch=inner)
+    model = build("g (float[N,2] x, bool c) => (float[N,2] y) { y = Relu(x) }")
+    model.graph.node.append(node)
+    model.graph.node[0].op_type = "Kind#1"
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch#2"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.float32), "weight#3"))
+    model.metadata_props.add(key="key#4", value="")
+    model.opset_import.add(domain="domain#5", version=1)
+    return model
+
+
+@pytest.mark.parametrize("mark", [f"#{place}".encode() for place in range(7)])
+def test_a_name_that_is_no_text_is_refused(mark, tmp_path):
+    """Protobuf reads such a file and gives the name as bytes, which nothing after it expects."""
+    data = nameable().SerializeToString()
+    path = tmp_path / "m.onnx"
+    path.write_bytes(data)
+    load_model(path)
+    assert mark in data
+    path.write_bytes(data.replace(mark, b"\xff\xfe"))
+    with pytest.raises(GraphPassError, match=r"m.onnx is broken: a name in it is no text, .* is not UTF-8"):
+        load_model(path)

@@ -18,7 +18,7 @@ from deploy.backends.onnxruntime import open_model
 from deploy.candidates import plain_of
 from deploy.errors import RecipeError
 from deploy.graph.io import load_model as load_onnx
-from deploy.models import find_system, merge_forms, tome, vit
+from deploy.models import find_system, merge_forms, tome, vit_rows
 from deploy.models.base import count_macs, load_model
 from deploy.records import BenchRecord, Ratio, Target
 from deploy.resolve import flags_of, resolve_recipe
@@ -234,8 +234,8 @@ def test_a_large_batch_goes_through_the_layers_in_pieces(pool, monkeypatch):
     with torch.inference_mode():
         want = loaded.reference(images)
         for piece, rows in ((10**9, [250]), (60_000, [50, 100, 100]), (1, [50] * 5)):
-            monkeypatch.setattr(vit, "MOST_BYTES", piece)
-            monkeypatch.setattr(vit, "PIECE_BYTES", piece)
+            monkeypatch.setattr(vit_rows, "MOST_BYTES", piece)
+            monkeypatch.setattr(vit_rows, "PIECE_BYTES", piece)
             seen.clear()
             got = loaded.deploy(images)
             assert seen == rows
