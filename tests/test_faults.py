@@ -25,7 +25,6 @@ from mutants import mutate, mutate_json
 from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import save_file
-from survivor import ForkServer
 
 from deploy.artifacts import read_manifest
 from deploy.models import find_system
@@ -38,13 +37,6 @@ KILLS = int(os.environ.get("EFFDEPLOY_KILLS", "2"))
 SECONDS = 60  # a run that takes longer hangs: whole files take two
 ROOM = 3 << 30  # bytes that a run may take beyond what the server has
 TINY = ("export", "riformer", "--variant", "tiny", "--size", "32")
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ForkServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from survivor import METHODS, ForkServer
+from survivor import METHODS
 
 from deploy.artifacts import read_manifest
 
 STAGES = tuple(METHODS)
 QUICK = ("--seconds", "0.05", "--set", "bench.warmup_seconds=0.05", "--set", "bench.rounds=3")
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ForkServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

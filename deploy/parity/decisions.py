@@ -204,13 +204,23 @@ def leaving(model: onnx.ModelProto, modules: Sequence[str]) -> dict[str, list[st
     """Return by module the values that its nodes make and nodes outside of it read, in the graph's order."""
     home = {output: _owner(node.name, modules) for node in model.graph.node for output in node.output}
     found: dict[str, list[str]] = {module: [] for module in modules}
+    sizes = _of_shapes(model)
     for node in model.graph.node:
         here = _owner(node.name, modules)
         for name in node.input:
             owner = home.get(name, "")
-            if owner and owner != here and name not in found[owner]:
+            if owner and owner != here and name not in found[owner] and name not in sizes:
                 found[owner].append(name)
     return found
+
+
+def _of_shapes(model: onnx.ModelProto) -> set[str]:
+    """Return values that follow from shapes alone: a dynamic batch's size is no choice, and layers share it."""
+    known = {"", *(weight.name for weight in model.graph.initializer)}
+    for node in model.graph.node:
+        if node.op_type in ("Shape", "Size") or known.issuperset(node.input):
+            known.update(node.output)
+    return known
 
 
 def _owner(node_name: str, modules: Sequence[str]) -> str:

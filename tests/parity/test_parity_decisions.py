@@ -77,6 +77,21 @@ def test_the_unspoilt_graph_passes(exported):
     assert all(c.limit < 0.01 for c in record.decisions)
 
 
+def test_the_size_of_a_dynamic_batch_is_no_decision(tmp_path):
+    """Layers share what is made of it, and one deciding module seems to hand it to the next."""
+    result = effdeploy(
+        "export", "tome", "--variant", "tiny", "--batch", "1:2:4", "--until", "parity", "--out", tmp_path / "b"
+    )
+    assert result.exit_code == 0, result.stdout + result.stderr
+    modules = {check.module for check in read_manifest(tmp_path / "b").parity.decisions}
+    assert len(modules) > 1
+    graph = load_onnx(tmp_path / "b" / "10-traced.onnx")
+    shared = {n.output[0] for n in graph.graph.node if n.op_type == "Concat" and ".plan/" in n.name}
+    read = {name for n in graph.graph.node for name in n.input if n.name.startswith("merges.1.plan/")}
+    assert shared & read, "nothing is shared in this graph: the test shows nothing"
+    assert not shared & {value for values in leaving(graph, sorted(modules)).values() for value in values}
+
+
 def test_one_wrong_index_of_a_decision_fails(exported):
     """Choices that are shifted by one are no near-tie; PyTorch's are imposed on all other modules."""
     _, loaded, _ = exported
