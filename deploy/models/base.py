@@ -145,7 +145,7 @@ class System:
         tuning: What ``effdeploy tune`` searches.
         notes: ``(options, size) -> what a user must know`` of what these options come to.
         interface: ``options -> fields`` of this class that depend on the options: ``inputs``, ``outputs``, ``task``,
-            ``feeds``; see ``specialised``.
+            ``feeds``, ``forms``; see ``specialised``.
     """
 
     name: str

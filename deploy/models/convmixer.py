@@ -194,6 +194,24 @@ def _variant(dim: int, depth: int, kernel: int, patch: int, activation: str, sum
     return Variant(options=options, summary=summary)
 
 
+def forms(options: Mapping[str, Any]) -> dict[Target, Form]:
+    """Return the form of each target under these options, with its measured reason."""
+    kept = "last batch norm in the head, the others left after their activations"
+    why = (
+        "as Mul and Add the other norms would be passes of their own outside ONNX Runtime's blocked layout; the one "
+        "before a depthwise convolution cannot fold (zero padding)"
+    )
+    if options["border"] == "written":
+        name, faster = (
+            f"{kept}; wide borders written out",
+            ("with borders written out 1024_20 is 1.06 times as fast as the official graph (benchmarks/convmixer.py)"),
+        )
+    else:
+        name, faster = kept, "node for node the official graph but for one norm, and as fast (benchmarks/convmixer.py)"
+    plain = Form(name=kept, reason="the form of ONNX Runtime; not compared with others by a build of this project")
+    return {Target.ONNXRUNTIME: Form(name=name, reason=f"{why}; {faster}"), Target.TENSORRT: plain}
+
+
 SYSTEM = System(
     name="convmixer",
     task="classification",
@@ -215,22 +233,11 @@ SYSTEM = System(
         WeightMap(name="OpenMMLab", layout="training", rename=from_openmmlab, inverse=to_openmmlab),
     ),
     to_deploy=to_deploy,
-    forms={
-        Target.ONNXRUNTIME: Form(
-            name="last batch norm in the head, the others left after their activations; wide borders written out",
-            reason="as Mul and Add the other norms would be passes of their own outside ONNX Runtime's blocked layout; "
-            "the one before a depthwise convolution cannot fold (zero padding). With borders written out 1024_20 is "
-            "1.06 times as fast as the official graph, without them as fast (benchmarks/convmixer.py): node for node "
-            "the same but for one norm",
-        ),
-        Target.TENSORRT: Form(
-            name="last batch norm in the head, the others left after their activations",
-            reason="the form of ONNX Runtime; not compared with others by a build of this project",
-        ),
-    },
+    forms=forms({"border": "padding"}),
     recipe={"system": "convmixer", "variant": "1024_20", "size": 224},
     # Cosine of the logits (tiny, random weights, 8 images): 0.99991 with the head in INT8, 0.99995 without.
     keep_high=lambda options: {r"^head/": "head: hardly any work, 46 % of the error"},
     stride="patch",
     options_for=wide_border,
+    interface=lambda options: {"forms": forms(options)},
 )

@@ -16,7 +16,7 @@ from deploy.backends.onnxruntime import open_model
 from deploy.errors import CheckpointError, RecipeError, SizeError
 from deploy.graph.pipeline import run_passes
 from deploy.models import find_system
-from deploy.models.base import count_macs, empty_state, example_inputs, load_model
+from deploy.models.base import count_macs, empty_state, example_inputs, load_model, specialised
 from deploy.models.convmixer import BORDERS, from_openmmlab, from_release, to_openmmlab
 from deploy.records import Batch, Target
 from deploy.resolve import resolve_recipe
@@ -225,3 +225,12 @@ def test_a_missing_key_is_refused(tmp_path):
 def test_what_cannot_be_is_refused(asked, error, text):
     with pytest.raises(error, match=text):
         load({"variant": "tiny", **asked})
+
+
+@pytest.mark.parametrize(("precision", "written"), [("fp32", True), ("fp16", False)])
+def test_the_report_names_the_borders_that_are_exported(precision, written):
+    recipe = resolve_recipe("convmixer", {"precision": ("", precision)})
+    forms = specialised(SYSTEM, recipe).forms
+    assert ("wide borders written out" in forms[Target.ONNXRUNTIME].name) is written
+    assert ("1.06 times as fast" in forms[Target.ONNXRUNTIME].reason) is written
+    assert "borders written" not in forms[Target.TENSORRT].name

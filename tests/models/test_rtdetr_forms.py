@@ -14,7 +14,7 @@ from deploy.backends.gpu import Gpu
 from deploy.console import Console, Mode
 from deploy.graph.pipeline import run_passes
 from deploy.linting.build import check_before_build
-from deploy.models.base import load_model, measure_drift
+from deploy.models.base import load_model, measure_drift, specialised
 from deploy.models.rtdetr import SYSTEM, winograd
 from deploy.models.rtdetr.layers import ConvNorm, folded
 from deploy.models.rtdetr.pyramid import SumCsp, without_concatenation
@@ -149,3 +149,25 @@ def test_a_filtered_convolution_keeps_its_nine_numbers_and_float32(tmp_path):
         products = [n for n in graph.node if n.op_type == "MatMul"]
         assert {types[name] for n in products for name in n.input if name in types} == {precision}
     assert [n.op_type for n in graph.node].count("DepthToSpace") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "target", "said", "unsaid"),
+    [
+        ({}, Target.ONNXRUNTIME, "GridSample, sums for concatenations, filtered convolutions", "plain"),
+        ({"precision": "fp16"}, Target.ONNXRUNTIME, "sums for concatenations, plain convolutions", "filtered"),
+        ({"options.sampling": "gather"}, Target.ONNXRUNTIME, "sampling by Gather", "GridSample"),
+        ({"options.convolutions": "direct"}, Target.ONNXRUNTIME, "plain convolutions", "filtered"),
+        ({"options.sampling": "grid_sample"}, Target.TENSORRT, "GridSample", "Gather"),
+        ({"options.sampling": "plugin"}, Target.TENSORRT, "TensorRT's plugin", "Gather"),
+        ({"variant": "r18_dsp"}, Target.TENSORRT, "sampling of pixels", "Gather"),
+        ({"options.part": "encoder"}, Target.ONNXRUNTIME, "filtered convolutions", "GridSample"),
+    ],
+)  # fmt: skip
+def test_the_report_names_the_form_that_is_exported(asked, target, said, unsaid):
+    recipe = resolve_recipe("rtdetr", {"variant": ("", "tiny"), **{key: ("", value) for key, value in asked.items()}})
+    form = specialised(SYSTEM, recipe).forms[target]
+    assert said in form.name
+    assert unsaid not in form.name
+    if "options.sampling" in asked:
+        assert f"options.sampling={asked['options.sampling']} asks for it" in form.reason

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deploy.errors import RecipeError, SizeError, did_you_mean
-from deploy.models.base import Flag, Form, System, Variant
+from deploy.models.base import Flag, System, Variant
 from deploy.models.checkpoint import State
 from deploy.models.rtdetr.backbone import HGNet, ResNet
 from deploy.models.rtdetr.decoder import STRIDES, Decoder, map_sizes
 from deploy.models.rtdetr.deploy import DeployDecoder
 from deploy.models.rtdetr.drawing import DRAWING
 from deploy.models.rtdetr.encoder import HybridEncoder
+from deploy.models.rtdetr.forms import CONVOLUTIONS, SAMPLING, forms
 from deploy.models.rtdetr.layers import folded
 from deploy.models.rtdetr.pyramid import without_concatenation
 from deploy.models.rtdetr.sampling import BILINEAR
@@ -27,8 +28,6 @@ from deploy.models.selecting import Selection
 from deploy.recipe import Recipe
 from deploy.records import Precision, Target, TensorSpec
 
-CONVOLUTIONS = {Target.ONNXRUNTIME: "winograd", Target.TENSORRT: "direct"}
-SAMPLING = {Target.ONNXRUNTIME: "grid_sample", Target.TENSORRT: "gather"}
 _FEATURES = ("s3", "s4", "s5")
 
 
@@ -196,7 +195,7 @@ def adapt(state: State, options: Mapping[str, Any], size: tuple[int, int]) -> St
 
 
 def interface(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the graph takes and gives: detections, raw predictions, or the encoder's maps.
+    """Return what the graph takes and gives, detections, raw predictions or the encoder's maps, and what forms it has.
 
     Raises:
         RecipeError: an option's value that is none of its choices.
@@ -218,6 +217,7 @@ def interface(options: Mapping[str, Any]) -> dict[str, Any]:
             f"options.score_threshold: got {options['score_threshold']}, expected a score from 0 to below 1",
             hint="--set options.score_threshold=0.5",
         )
+    found: dict[str, Any] = {}
     if options["part"] == "encoder":
         channels = _channels(options)
         specs = tuple(
@@ -225,10 +225,10 @@ def interface(options: Mapping[str, Any]) -> dict[str, Any]:
             for name, c, stride in zip(_FEATURES, channels, STRIDES, strict=True)
         )
         feeds = {spec.name: _feature_maker(i, c) for i, (spec, c) in enumerate(zip(specs, channels, strict=True))}
-        return {"inputs": specs, "outputs": ("p3", "p4", "p5"), "task": "maps", "feeds": feeds, "selection": None}
-    if options["head"] == "raw":
-        return {"inputs": (_IMAGES,), "outputs": ("pred_logits", "pred_boxes"), "task": "queries"}
-    return {}
+        found = {"inputs": specs, "outputs": ("p3", "p4", "p5"), "task": "maps", "feeds": feeds, "selection": None}
+    elif options["head"] == "raw":
+        found = {"inputs": (_IMAGES,), "outputs": ("pred_logits", "pred_boxes"), "task": "queries"}
+    return {**found, "forms": forms(options)}
 
 
 def keep_fp32(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -340,20 +340,7 @@ SYSTEM = System(
     build=build,
     weight_maps=WEIGHT_MAPS,
     to_deploy=to_deploy,
-    forms={
-        Target.ONNXRUNTIME: Form(
-            name="composed projections, boxes as logits, GridSample, sums for concatenations, filtered convolutions",
-            reason="a third faster than other exports on a CPU; with plain convolutions r18 took 1.13 times as long, "
-            "with sampling by Gather 1.05 times (benchmarks/rtdetr.py). Other precisions, runtimes and GPUs do not "
-            "filter; on a machine without a GPU, --set convolutions=direct exports for one",
-        ),
-        Target.TENSORRT: Form(
-            name="composed projections, boxes as logits, sampling by Gather",
-            reason="GridSample engines of some TensorRT versions build, run and detect something else "
-            "(deploy/data/known_bad.yaml); a Gather form needs no such operator, and 162 kernels instead of 170 (r18, "
-            "FP16, TensorRT-RTX)",
-        ),
-    },
+    forms=forms(_COMMON),
     recipe={"system": "rtdetr", "variant": "r18", "size": 640},
     # On an r18 and on the tests' detector, both trained for shapes, with weights of 7 bits: AP50 and AP75 stay within
     # 0.004, all detections above 0.5 are matched, and scores of the r18 move by 0.051 at most. With the values in
