@@ -79,6 +79,12 @@ def test_a_path_outside_the_bundle_is_refused_though_its_bytes_are_right(name, b
         loading.engine_bytes(named(record(bundle), name), bundle)
 
 
+@pytest.mark.parametrize("name", ["x" * 20_000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(name, bundle):
+    with pytest.raises(BundleError, match="is no name of a file"):
+        loading.engine_bytes(named(record(bundle), name), bundle)
+
+
 def test_a_link_out_of_the_bundle_is_refused_though_its_bytes_are_right(bundle, tmp_path):
     engine = record(bundle)
     (bundle / NAME).unlink()
