@@ -58,10 +58,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _brief(error: OSError | ValueError) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)[:80]
-
-
 def artifact_of(path: Path, folder: Path) -> Artifact:
     """Describe a file of a bundle by name, hash and size."""
     return Artifact(name=path.relative_to(folder).as_posix(), sha256=sha256_of(path), size=path.stat().st_size)
@@ -77,9 +73,8 @@ def open_artifact(artifact: Artifact, folder: Path) -> Path:
     try:
         inside, there = path.resolve().is_relative_to(folder.resolve()), path.is_file()
     except (OSError, ValueError) as error:  # too long, or with a null in it
-        raise BundleError(
-            f"{artifact.name[:80]!r} is no name of a file: {_brief(error)}", hint="export again"
-        ) from error
+        told = getattr(error, "strerror", None) or str(error)[:80]
+        raise BundleError(f"{artifact.name[:80]!r} is no name of a file: {told}", hint="export again") from error
     if not inside:
         raise BundleError(f"{artifact.name!r} points outside the bundle {folder}", hint="do not use this bundle")
     if not there:

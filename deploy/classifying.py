@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from deploy import units
 from deploy.answers import EvalRecord, ScoredRun
-from deploy.artifacts import open_artifact
 from deploy.backends import load_backend
 from deploy.backends.base import Array, Runner
 from deploy.bundles import reopened, runnable_engine
@@ -108,7 +107,6 @@ def classify_bundle(
     run, recipe, loaded = reopened(bundle, console, weights)
     _require_classifier(run.name, recipe, loaded, data)
     engine = runnable_engine(run, bundle)
-    open_artifact(engine.artifact, bundle)
     with (
         load_backend(engine.backend).open(engine, bundle, build_options(recipe)) as runner,
         console.step("eval") as step,

@@ -10,7 +10,6 @@ import numpy as np
 
 from deploy import units
 from deploy.answers import EvalRecord, ScoredRun
-from deploy.artifacts import open_artifact
 from deploy.backends import load_backend
 from deploy.backends.base import Array, Feeds, Runner
 from deploy.bundles import reopened, runnable_engine
@@ -62,7 +61,6 @@ def evaluate_bundle(
     categories, paired = category_of_labels(folder, recipe.classes)
     engine = runnable_engine(run, bundle)
     names = (f"{engine.backend}, {recipe.precision.value}", "PyTorch, fp32")
-    open_artifact(engine.artifact, bundle)
     with (
         load_backend(engine.backend).open(engine, bundle, build_options(recipe)) as runner,
         console.step("eval") as step,

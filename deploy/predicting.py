@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from deploy import units
 from deploy.answers import Prediction, PredictionRecord
-from deploy.artifacts import open_artifact, read_manifest, storage_errors
+from deploy.artifacts import read_manifest, storage_errors
 from deploy.backends import load_backend
 from deploy.backends.base import Array, Feeds
 from deploy.bundles import runnable_engine
@@ -57,7 +57,6 @@ def predict_photo(
     """
     run = read_manifest(bundle)
     engine = runnable_engine(run, bundle)
-    open_artifact(engine.artifact, bundle)
     recipe = resolve([layer_of_data(f"manifest of {run.name}", run.recipe)])
     inputs, outputs = _interface(run)
     names = read_labels(labels, recipe.classes) if labels else run.model.names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deploy.answers import PanelRecord, ShowRecord
-from deploy.artifacts import open_artifact, storage_errors
+from deploy.artifacts import storage_errors
 from deploy.backends import load_backend
 from deploy.bundles import reopened, runnable_engine
 from deploy.candidates import build_options
@@ -40,11 +40,10 @@ def show_photo(
     drawing = _drawing(run, loaded)
     engine = runnable_engine(run, bundle)
     picture, feeds = photo_inputs(photo, recipe, loaded)
-    with console.step("engine") as step:
-        open_artifact(engine.artifact, bundle)
-        with load_backend(engine.backend).open(engine, bundle, build_options(recipe)) as runner:
-            got, expected = run_both(runner, loaded, feeds)
-            step.note(f"{engine.backend} on {runner.device}, {recipe.precision.value}, and PyTorch")
+    backend, options = load_backend(engine.backend), build_options(recipe)
+    with console.step("engine") as step, backend.open(engine, bundle, options) as runner:
+        got, expected = run_both(runner, loaded, feeds)
+        step.note(f"{engine.backend} on {runner.device}, {recipe.precision.value}, and PyTorch")
     names = (f"{engine.backend}, {recipe.precision.value}", "PyTorch, fp32")
     rows = panels_of(recipe, loaded, picture, names, got, expected)
     path = out or Path(f"{photo.stem}-{run.name}.png")

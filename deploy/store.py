@@ -29,8 +29,8 @@ LIMIT = 8 << 30  # bytes; what was not used for longest goes first
 ENTRY = "entry.json"
 _STALE_SECONDS = 24 * 3600  # a folder that no run can still be writing
 _NAMED = 24  # digits of the key in a folder's name
-# Rooms that only show results: they change no stage.
 _RULES = "data/*.yaml"
+# Rooms that only show results: they change no stage.
 _SHOWING = ("api.py", "catalogue.py", "cli", "console.py", "report", "summary.py", "units.py")
 
 

@@ -2,7 +2,8 @@
 
 The manifest names the file, its hash, the runtime's version, the GPU, the driver, the profiles and the precision audit.
 A file that the manifest does not name, that lies elsewhere, that was changed, or that is of another machine is refused
-with the reason. What is hashed is what is loaded: the bytes are read once.
+with the reason. What was hashed is what is loaded: a runtime gets the bytes that were held against the manifest, not a
+path to read again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def engine_file(engine: EngineRecord, folder: Path) -> Path:
 
 
 def engine_bytes(engine: EngineRecord, folder: Path) -> bytes:
-    """Read an engine once and return the bytes that have the manifest's hash.
+    """Return an engine's bytes, held against the manifest's hash once more as they will be loaded.
 
     Raises:
         BundleError: as ``engine_file``.
