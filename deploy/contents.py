@@ -91,7 +91,7 @@ def inspect_path(
         RecipeError: ``batch`` or ``sizes`` name what is not dynamic.
         DownloadError: the checkpoint cannot be fetched, or is not the one that was pinned.
     """
-    path = local_file(place, console)
+    path = Path(place) if Path(place).is_dir() else local_file(place, console)
     if not path.exists():
         raise StorageError(f"{path} does not exist", hint="effdeploy inspect FILE, or a bundle folder under engines/")
     suffix = path.suffix.lower()

@@ -22,7 +22,7 @@ from typing import Any
 from deploy.artifacts import environment, sha256_of
 from deploy.console import Console
 from deploy.labels import read_labels
-from deploy.models.sources import choose_text, parse_source
+from deploy.models.sources import checkpoint_file, choose_text, parse_source
 from deploy.recipe import Recipe, configs_folder, layer_of_data, resolve
 from deploy.records import (
     Artifact,
@@ -252,7 +252,7 @@ def weights_identity(recipe: Recipe) -> str:
     source = parse_source(text)
     if source.kind == "random":
         return f"random {source.seed}"
-    if source.kind == "file" and (path := Path(source.location)).is_file():
+    if source.kind == "file" and (path := checkpoint_file(Path(source.location))).is_file():
         digest = sha256_of(path)
         if digest.startswith(source.sha256):  # else it must be loaded, to be refused
             return f"{path.name} {digest}"

@@ -9,20 +9,16 @@ import contextlib
 import errno
 import inspect
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from deploy.console import Console
-from deploy.errors import CheckpointError, DownloadError, EffdeployError, RecipeError, StorageError
+from deploy.errors import DownloadError, EffdeployError, RecipeError, StorageError
 from deploy.models.cache import byte_progress
-from deploy.models.sources import SUFFIXES
+from deploy.models.sources import choose_file
 
-# What trainers leave beside the weights in files of the same types.
-_NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.")
-_USUAL = "model.safetensors"  # transformers, timm and huggingface_hub write this name
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHOWN = 12
 _DISK = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
 
@@ -44,7 +40,7 @@ def fetch_from_hub(repo: str, file: str, revision: str, console: Console) -> tup
     import huggingface_hub as hub
 
     with _translated(repo, file, revision):
-        name = file or choose_file(repo, _files(repo, revision))
+        name = file or choose_file(f"hf://{repo}", _files(repo, revision))
         with _progress(console, name) as options:
             path = Path(hub.hf_hub_download(repo, name, revision=revision or None, **options))
     parts = path.parts
@@ -57,32 +53,6 @@ def is_cached(repo: str, file: str, revision: str) -> bool:
 
     known = bool(file) and _COMMIT.fullmatch(revision) is not None
     return known and isinstance(hub.try_to_load_from_cache(repo, file, revision=revision), str)
-
-
-def choose_file(repo: str, names: Sequence[str]) -> str:
-    """Choose the file with the weights: ``model.safetensors``, or the only one of a checkpoint's type.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be told which; lists them.
-    """
-    found = [
-        n for n in sorted(names) if n.endswith(SUFFIXES) and not _NO_WEIGHTS.match(PurePosixPath(n).name)
-    ]  # fmt: skip
-    if _USUAL in found:
-        return _USUAL
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise CheckpointError(
-            f"hf://{repo} holds no checkpoint ({', '.join(SUFFIXES)}) among its {len(names)} files",
-            hint="another repository, or --weights PATH",
-        )
-    more = f"\n  ... and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    listing = "".join(f"\n  {name}" for name in found[:_SHOWN])
-    raise CheckpointError(
-        f"hf://{repo} holds {len(found)} checkpoints; name one:{listing}{more}",
-        hint=f"--weights hf://{repo}/{found[0]}",
-    )
 
 
 def _files(repo: str, revision: str) -> list[str]:

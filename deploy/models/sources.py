@@ -1,7 +1,7 @@
 """Where weights come from: one text that names a source, to a local file and its provenance.
 
 ```
-PATH                                       a checkpoint file
+PATH                                       a checkpoint file, or a folder that holds one as save_pretrained writes it
 hf://OWNER/REPO[/FILE][@REVISION]          the Hugging Face Hub, through huggingface_hub and its cache
 https://HOST/FILE                          any server; resumed, hashed and kept in the cache folder
 random[:SEED]                              drawn, deterministic
@@ -15,18 +15,23 @@ files carry in their name. No torch here: a source can be fetched without it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from deploy.artifacts import sha256_of
 from deploy.console import Console, Mode
-from deploy.errors import DownloadError, RecipeError
+from deploy.errors import CheckpointError, DownloadError, RecipeError
 
 FORMS = "PATH, hf://OWNER/REPO[/FILE][@REVISION], https://..., random[:SEED] or pretrained"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 
+# What trainers leave beside the weights in files of the same types.
+_NO_WEIGHTS = re.compile(r"^(training_args|optimizer|scheduler|rng_state.*|scaler|trainer_state)\.")
+_USUAL = "model.safetensors"  # transformers, timm and huggingface_hub write this name
+_SHOWN = 12
 _PIN = re.compile(r"#sha256=(.*)$", re.DOTALL)
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]+)://")  # two letters or more: C:\ is a path
 _PRETRAINED_HINT = "--weights " + FORMS + "; or a line `pretrained: ...` in the recipe"
@@ -122,17 +127,19 @@ def fetch(source: Source, console: Console | None = None) -> Fetched:
     """Bring a source onto this machine and hold it against its pin.
 
     Args:
-        source: A file, a URL or a repository; random weights have no file.
+        source: A file, a folder with one, a URL or a repository; random weights have no file.
         console: Where progress goes; nowhere when left out.
 
     Raises:
+        CheckpointError: a folder without a checkpoint, or with several.
         DownloadError: it cannot be fetched, or its hash is not the pinned one.
         StorageError: the cache folder cannot be written.
     """
     console = console or Console(Mode.SILENT)
     match source.kind:
         case "file":
-            fetched = Fetched(path=Path(source.location), name=Path(source.location).name)
+            path = checkpoint_file(Path(source.location))
+            fetched = Fetched(path=path, name=path.name)
         case "url":
             fetched = _fetch_url(source, console)
         case "hub":
@@ -172,9 +179,46 @@ def local_file(place: Path | str, console: Console | None = None) -> Path:
 
     Raises:
         RecipeError: it is none of the forms, or random weights, which have no file.
-        DownloadError, StorageError: as ``fetch``.
+        CheckpointError, DownloadError, StorageError: as ``fetch``.
     """
-    return place if isinstance(place, Path) else fetch(parse_source(place), console).path
+    return checkpoint_file(place) if isinstance(place, Path) else fetch(parse_source(place), console).path
+
+
+def checkpoint_file(place: Path) -> Path:
+    """Return the checkpoint that a path names: of a folder, such as ``save_pretrained`` writes, the one inside.
+
+    Raises:
+        CheckpointError: a folder without a checkpoint, or with several.
+    """
+    if not place.is_dir():
+        return place
+    return place / choose_file(str(place), [found.name for found in place.iterdir() if found.is_file()])
+
+
+def choose_file(where: str, names: Sequence[str]) -> str:
+    """Choose the file with the weights: ``model.safetensors``, or the only one of a checkpoint's type.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be told which; lists them.
+    """
+    found = [
+        n for n in sorted(names) if n.endswith(SUFFIXES) and not _NO_WEIGHTS.match(PurePosixPath(n).name)
+    ]  # fmt: skip
+    if _USUAL in found:
+        return _USUAL
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CheckpointError(
+            f"{where} holds no checkpoint ({', '.join(SUFFIXES)}) among its {len(names)} files",
+            hint="another repository or folder, or the file itself: --weights PATH",
+        )
+    more = f"\n  ... and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    listing = "".join(f"\n  {name}" for name in found[:_SHOWN])
+    raise CheckpointError(
+        f"{where} holds {len(found)} checkpoints; name one:{listing}{more}",
+        hint=f"--weights {where}/{found[0]}",
+    )
 
 
 def _fetch_url(source: Source, console: Console) -> Fetched:

@@ -550,6 +550,24 @@ def test_a_file_of_a_repository_is_chosen_only_where_there_is_no_choice():
         choose_file("a/b", many)
 
 
+def test_a_folder_is_taken_for_the_one_checkpoint_in_it(tmp_path):
+    """As ``save_pretrained`` leaves it; a pin is one of the file, and a folder that leaves a choice is refused."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no checkpoint") as error:
+        fetch(parse_source(str(tmp_path)))
+    assert "--weights PATH" in error.value.hint
+    for name in ("a.pth", "model.safetensors"):
+        (tmp_path / name).write_bytes(name.encode())
+        assert fetch(parse_source(str(tmp_path))).path == tmp_path / name
+    pinned = f"{tmp_path}#sha256={sha256_of(tmp_path / 'model.safetensors')}"
+    assert fetch(parse_source(pinned)).path.name == "model.safetensors"
+    with pytest.raises(DownloadError, match="expected 00000000"):
+        fetch(parse_source(f"{tmp_path}#sha256=00000000"))
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="holds 2 checkpoints"):
+        fetch(parse_source(str(tmp_path)))
+
+
 # ------------------------------------------------------------------------------------------------------- down the road
 
 TINY = ("export", "riformer", "--variant", "tiny", "--size", "32", "--until", "engine")
