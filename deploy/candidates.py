@@ -38,7 +38,7 @@ from deploy.models.selecting import SelectingModel
 from deploy.parity.compare import Candidate, Infer
 from deploy.parity.decisions import DecidingFile, check_decisions
 from deploy.parity.inputs import InputPack
-from deploy.parity.rounding import judge_rounding
+from deploy.parity.rounding import BEST, DISTANCES, judge_rounding
 from deploy.parity.selection import check_selection
 from deploy.parity.validation import SelectingFile
 from deploy.precision.emulate import emulated
@@ -202,10 +202,14 @@ def prove_decisions(
 def prove_rounding(
     loaded: Loaded, parity: ParityRecord, candidates: Sequence[Candidate], inputs: InputPack
 ) -> ParityRecord:
-    """Judge what failed again, with noise held to PyTorch's own rounding; choices have a judgement of their own."""
-    if parity.ok or loaded.system.task != "classification" or loaded.system.decisions:
+    """Judge what failed again by PyTorch's own rounding: noise and near ties.
+
+    Distances of a network that chooses have a judgement of their own (``deploy.parity.decisions``).
+    """
+    if parity.ok or loaded.system.task != "classification":
         return parity
-    return judge_rounding(parity, loaded.run, partial(_in_type, loaded), candidates, inputs)
+    excused = (BEST,) if loaded.system.decisions else (*DISTANCES, BEST)
+    return judge_rounding(parity, loaded.run, partial(_in_type, loaded), candidates, inputs, excused=excused)
 
 
 def _in_type(loaded: Loaded, name: str) -> Infer:

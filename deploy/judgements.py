@@ -53,7 +53,8 @@ class Comparison:
     per_input: Mapping[str, float] = field(default_factory=dict)  # input group -> max_relative
     precision: str = ""  # the key of ParityRecord.tolerances that judged it
     sha256: str = ""  # of the file that was compared; empty for PyTorch's forms
-    top1_ties: int = 0  # images whose best class flipped between scores that max_relative allows to trade places
+    top1_ties: int = 0  # images whose best class changed by no more than PyTorch's own rounding explains
+    top1_gaps: tuple[float, ...] = ()  # of each image whose best class changed: how far apart the reference has both
 
 
 @record

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from deploy.backends.base import Array, Feeds, Runner
 from deploy.errors import ParityError, RecipeError, UnknownNameError, did_you_mean
 from deploy.parity.inputs import InputPack
-from deploy.parity.metrics import TASKS, Rows, concatenate, judge, near_ties, pool, usage
+from deploy.parity.metrics import TASKS, Rows, concatenate, judge, pool, usage
 from deploy.records import Comparison, Drift, ParityRecord, Precision, Tolerance
 
 Infer = Callable[[Feeds], Mapping[str, Array]]
@@ -93,7 +93,7 @@ def check_parity(
         raise ParityError("nothing was compared: no stage or no output", hint="effdeploy export ... --until parity")
     return ParityRecord(
         ok=all(c.passed for c in comparisons),
-        verdict=_verdict(comparisons, tolerances),
+        verdict=verdict_over(comparisons, tolerances),
         tolerances={c.precision: tolerances[c.precision] for c in comparisons},
         comparisons=tuple(comparisons),
         inputs=inputs.counts,
@@ -193,7 +193,7 @@ def _comparison(
         snr_db=metrics.snr_db,
         top1=metrics.top1,
         top5=metrics.top5,
-        top1_ties=near_ties(metrics, tolerance),
+        top1_gaps=metrics.flips,
         passed=not failures,
         failures=failures,
         per_input={group: pool(rows.take(groups == group)).max_relative for group in inputs.counts},
@@ -248,7 +248,8 @@ def _counted(output: str, chunks: Sequence[Any], inputs: InputPack) -> NDArray[n
     return np.concatenate(parts).astype(np.float64)
 
 
-def _verdict(comparisons: Sequence[Comparison], tolerances: Mapping[str, Tolerance]) -> str:
+def verdict_over(comparisons: Sequence[Comparison], tolerances: Mapping[str, Tolerance]) -> str:
+    """Say which comparison fails first, or which is nearest to its limit."""
     failed = [c for c in comparisons if not c.passed]
     if failed:
         first = failed[0]

@@ -254,43 +254,32 @@ def _snr(error: float, energy: float) -> float:
     return -math.inf if math.isinf(ratio) else -10 * math.log10(ratio)
 
 
-def judge(metrics: Metrics, tolerance: Tolerance) -> tuple[str, ...]:
+def judge(metrics: Metrics, tolerance: Tolerance, ties: int = 0) -> tuple[str, ...]:
     """Return one sentence per limit that is broken, e.g. ``"cosine 0.9981 < 0.9999"``; none when all hold.
 
     NaN and infinity fail whatever the tolerance says, and so does an output that no limit applies to, unless it is left
-    to ``deploy.parity.selection``: what was not judged has not passed. Flips of the best class that are ``near_ties``
-    are not held against ``top1``.
+    to ``deploy.parity.selection``: what was not judged has not passed. So many images whose best class changed as are
+    ``ties`` (``deploy.parity.rounding``) are not held against ``top1``.
     """
     failures = []
-    judged = _judged(metrics, tolerance)
+    judged = _judged(metrics, tolerance, ties)
     if metrics.nonfinite:
         failures.append(f"NaN or infinity in {metrics.nonfinite} of {metrics.images} images")
     for name, value, limit in judged:
         most = name == "max_relative"
         if not (value <= limit if most else value >= limit):
             sentence = "{} {} {} {}".format(name, *_apart(value, ">" if most else "<", limit))
-            ties = near_ties(metrics, tolerance) if name == "top1" else 0
             tail = f", {ties} near tie{'s' if ties != 1 else ''} counted as agreement" if ties else ""
-            failures.append(sentence + tail)
+            failures.append(sentence + (tail if name == "top1" else ""))
     if not judged and not tolerance.decides:
         failures.append(UNJUDGED)
     return tuple(failures)
 
 
-def near_ties(metrics: Metrics, tolerance: Tolerance) -> int:
-    """Count the images whose best class changed although both scores moved by no more than ``max_relative`` allows.
-
-    Each of the two may move by ``max_relative`` of the largest ``|reference|``, so classes that lie up to twice that
-    apart may trade places. Without a ``max_relative`` there are none.
-    """
-    if tolerance.max_relative is None:
-        return 0
-    return sum(gap <= 2 * tolerance.max_relative for gap in metrics.flips)
-
-
 def usage(metrics: Metrics | Comparison, tolerance: Tolerance) -> tuple[float, str]:
     """Return how much of the tightest limit is used up (1 is the limit itself), and the sentence that says which."""
-    shares = [(_share(*judged), *judged) for judged in _judged(metrics, tolerance)]
+    ties = metrics.top1_ties if isinstance(metrics, Comparison) else 0
+    shares = [(_share(*judged), *judged) for judged in _judged(metrics, tolerance, ties)]
     if not shares:
         return 0.0, "not judged"
     share, name, value, limit = max(shares, key=lambda s: (s[0], s[1] == "max_relative"))
@@ -298,10 +287,9 @@ def usage(metrics: Metrics | Comparison, tolerance: Tolerance) -> tuple[float, s
     return share, f"{name} {value:.{digits}g} (limit {limit:g})"
 
 
-def _judged(metrics: Metrics | Comparison, tolerance: Tolerance) -> list[tuple[str, float, float]]:
+def _judged(metrics: Metrics | Comparison, tolerance: Tolerance, ties: int) -> list[tuple[str, float, float]]:
     """List (metric, value, limit) for what is both measured and limited; near ties count as agreement."""
     values = {name: getattr(metrics, name) for name in ("max_relative", "cosine", "snr_db", "top1", "top5")}
-    ties = near_ties(metrics, tolerance) if isinstance(metrics, Metrics) else metrics.top1_ties
     if metrics.top1 is not None and ties:
         values["top1"] = (round(metrics.top1 * metrics.images) + ties) / metrics.images
     pairs = ((name, value, getattr(tolerance, name)) for name, value in values.items())

@@ -123,8 +123,8 @@ def test_swapped_classes_fail():
     assert any(f.startswith("top1 0 < 1") for f in result.comparisons[0].failures)
 
 
-@pytest.mark.parametrize(("gap", "ties"), [(1e-5, 2), (1e-2, 0)])
-def test_flips_between_near_ties_are_counted_and_do_not_fail(gap, ties):
+@pytest.mark.parametrize("gap", [1e-5, 1e-2])
+def test_flips_fail_and_are_recorded_with_their_gaps(gap):
     def near(feeds: Feeds, sign: float) -> dict[str, np.ndarray]:
         logits = np.clip(model(feeds)["logits"], -1.0, 1.0)
         logits[:, 0], logits[:, 1] = 3.0, 2.0
@@ -136,8 +136,9 @@ def test_flips_between_near_ties_are_counted_and_do_not_fail(gap, ties):
     )
     (comparison,) = result.comparisons
     assert comparison.top1 == 0.75
-    assert comparison.top1_ties == ties
-    assert result.ok == (ties == 2)
+    assert comparison.top1_gaps == pytest.approx((gap / 3, gap / 3), rel=1e-2)
+    assert comparison.top1_ties == 0  # what a near tie is, PyTorch's own rounding says (deploy.parity.rounding)
+    assert not result.ok
     assert from_json(ParityRecord, to_json(result)) == result
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from deploy import units
 from deploy.candidates import prove_rounding
 from deploy.parity.compare import Candidate, check_parity
 from deploy.parity.inputs import pack
@@ -101,6 +102,53 @@ def test_without_a_yardstick_the_verdict_stays(own, precision):
     first, again, _ = judged(network(noise=2e-3), own, precision)
     assert not first.ok
     assert again is first
+
+
+def two_best(gap, *, stage=0.0):
+    """Return a network whose second class is ``gap`` below the best one on natural images, moved up by ``stage``."""
+
+    def infer(feeds):
+        rows = [PLACE[image.tobytes()] for image in feeds["images"]]
+        found = LOGITS[rows].copy()
+        found[:, 1] = 1 - gap + stage * np.array([GROUPS[row] == "natural" for row in rows])
+        return {"logits": found}
+
+    return infer
+
+
+def flips(gap, own, precision="fp16", limit=LIMIT):
+    """Judge a stage that gives natural images their second class, where PyTorch's own rounding moves a logit by own."""
+    candidates = [
+        Candidate(stage="engine", precision=Precision(precision), open=lambda: Opened(two_best(gap, stage=2 * gap)))
+    ]
+    limits = {precision: Tolerance(max_relative=limit, top1=1.0)}
+    first = check_parity(two_best(gap), candidates, INPUTS, limits)
+    return first, judge_rounding(first, two_best(gap), lambda _: two_best(gap, stage=own), candidates, INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("gap", "own", "precision", "ties"),
+    [
+        (2e-4, 3e-4, "fp16", True),
+        (2e-4, 1.9e-4, "fp16", False),  # within max_relative, but more than PyTorch's own rounding
+        (2e-4, 1e-4, "fp32", True),  # three times
+        (2e-4, 6e-5, "fp32", False),
+        (1.5e-3, 1e-2, "fp16", False),  # PyTorch rounds more than that, but the tolerance allows less
+        (2e-4, np.nan, "fp16", False),
+    ],
+)
+def test_a_tie_is_what_pytorchs_own_rounding_makes_of_it(gap, own, precision, ties):
+    first, again = flips(gap, own, precision)
+    natural = GROUPS.count("natural")
+    assert not first.ok
+    assert again.ok == (ties and 2 * gap <= LIMIT)
+    (comparison,) = again.comparisons
+    assert comparison.top1 == 1 - natural / len(GROUPS)
+    assert comparison.top1_ties == (natural if ties else 0)
+    assert comparison.top1_gaps == pytest.approx((gap,) * natural)
+    assert sum(note.endswith("a near tie" if ties else "no tie") for note in again.notes) == natural
+    assert f"(natural): PyTorch has both classes {units.number(gap)} of the largest output apart" in again.notes[-1]
+    assert ("near ties" in again.verdict) == ties
 
 
 def test_energy_counts_as_well():
