@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
-from deploy.records import Artifact, ModelRecord, Stage, record
+from deploy.records import Artifact, BoundaryError, ModelRecord, Stage, record
 
 
 @record
@@ -263,17 +263,6 @@ class ModuleError:
     nodes: int
     alone: Apart
     without: Apart
-
-
-@record
-class BoundaryError:
-    """Relative L2 distance of both graphs' activations where they enter a module, and where they leave it."""
-
-    module: str
-    tensor: str  # the worst that leaves
-    before: float
-    after: float
-    jump: bool
 
 
 @record

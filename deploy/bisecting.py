@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy import units
-from deploy.answers import Apart, BisectRecord, BoundaryError, ModuleError, StageError
+from deploy.answers import Apart, BisectRecord, ModuleError, StageError
 from deploy.artifacts import open_artifact, read_manifest, storage_errors
 from deploy.bundles import stage_files
 from deploy.candidates import engine_options
@@ -24,18 +24,13 @@ from deploy.console import Console
 from deploy.errors import BundleError, RecipeError
 from deploy.models import find_system
 from deploy.models.base import graph_inputs, specialised
+from deploy.precision.boundaries import boundary_errors
 from deploy.precision.modules import Module, children, splits
 from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
-from deploy.records import Precision, RunRecord, Target
+from deploy.records import BoundaryError, Precision, RunRecord, Target
 from deploy.resolve import judged_images
 from deploy.sensitivity import How, Laboratory, how_to_judge
 from deploy.tuning_plot import draw_bisection
-
-FLOOR = {Precision.FP16: 1e-3, Precision.BF16: 1e-2, Precision.INT8: 0.05, Precision.FP8: 0.1}
-"""What rounding the inputs and weights of one module may cost: an error below is none that jumps."""
-
-JUMP = 4.0
-"""A module whose error leaves it this many times larger than it came in."""
 
 WORST = 2  # modules that are looked into in each round
 _SHOWN = 12
@@ -168,22 +163,8 @@ class _Search:
 
     def boundaries(self) -> tuple[BoundaryError, ...]:
         """Compare activations of both graphs where they leave a module, in the order of the network."""
-        borders = self.laboratory.borders()
-        errors = self.laboratory.boundaries(list(borders))
-        found: dict[str, list[str]] = {}
-        for tensor, (module, _) in borders.items():
-            found.setdefault(module, []).append(tensor)
-        return tuple(self._boundary(module, tensors, borders, errors) for module, tensors in found.items())
-
-    def _boundary(
-        self, module: str, tensors: Sequence[str], borders: dict[str, tuple[str, frozenset[str]]],
-        errors: dict[str, float],
-    ) -> BoundaryError:  # fmt: skip
-        worst = max(tensors, key=errors.__getitem__)
-        before = max((errors[t] for t, (_, readers) in borders.items() if module in readers), default=0.0)
-        after = errors[worst]
-        jump = not math.isinf(before) and after > JUMP * max(before, FLOOR[self.precision])
-        return BoundaryError(module=module, tensor=worst, before=before, after=after, jump=jump)
+        laboratory = self.laboratory
+        return boundary_errors(laboratory.splice, self.precision, laboratory.open, laboratory.feeds)
 
     def modules(self, jump: str) -> tuple[ModuleError, ...]:
         """Switch coarse modules, then look into the worst of them, and into what holds the jump."""

@@ -154,6 +154,17 @@ class DrawnPhoto:
 
 
 @record
+class BoundaryError:
+    """Relative L2 distance of both graphs' activations where they enter a module, and where they leave it."""
+
+    module: str
+    tensor: str  # the worst that leaves
+    before: float
+    after: float
+    jump: bool
+
+
+@record
 class ParityRecord:
     """The verdict on every stage. ``ok`` is the verdict of the run."""
 
@@ -168,3 +179,4 @@ class ParityRecord:
     decisions: tuple[DecisionCheck, ...] = ()  # of systems that choose; empty where nothing is chosen
     selection: tuple[SelectionCheck, ...] = ()  # of detectors that select queries
     pictures: tuple[DrawnPhoto, ...] = ()  # of systems that draw, on the first photo of --images
+    modules: tuple[BoundaryError, ...] = ()  # of a reduced precision against the float32 graph; not judged

@@ -14,6 +14,7 @@ from deploy.jsonable import from_json as from_json
 from deploy.jsonable import to_json as to_json
 from deploy.judgements import BatchCheck as BatchCheck
 from deploy.judgements import BatchRecord as BatchRecord
+from deploy.judgements import BoundaryError as BoundaryError
 from deploy.judgements import Comparison as Comparison
 from deploy.judgements import DecisionCheck as DecisionCheck
 from deploy.judgements import DrawnPhoto as DrawnPhoto

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from deploy.answers import Apart
 from deploy.artifacts import environment, sha256_of
@@ -23,21 +23,18 @@ from deploy.backends.base import BuildOptions, Feeds, Runner
 from deploy.backends.onnxruntime import open_model
 from deploy.console import Console
 from deploy.errors import ImageError
-from deploy.graph.io import load_model, module_of, save_model
+from deploy.graph.io import load_model, save_model
 from deploy.parity.detection import Matches, match_detections, match_overlap
 from deploy.parity.metrics import TASKS, concatenate, pool
 from deploy.precision.emulate import emulated
 from deploy.precision.images import CalibrationImages
-from deploy.precision.modules import TOP
 from deploy.precision.splice import Splice
-from deploy.precision.view import tensor_types
 from deploy.records import Precision, Target, from_json, to_json
 from deploy.store import Entry, Store, code_version, key_of
 
 Outputs = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
 
 _DETECTIONS = ("labels", "boxes", "scores")
-_PROBES = 48  # tensors that one comparison graph sums up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,36 +154,9 @@ class Laboratory:
         """Measure another file of the network against the float32 graph."""
         return self._remembered({"file": sha256_of(path)}, lambda: load_model(path))
 
-    def boundaries(self, tensors: Sequence[str]) -> dict[str, float]:
-        """Return the relative L2 distance of both graphs' activations, over the images; infinite where not finite."""
-        sums: dict[str, list[float]] = {}
-        for start in range(0, len(tensors), _PROBES):
-            part = list(tensors[start : start + _PROBES])
-            total = np.zeros((len(part), 2))
-            with self.how.open(self.splice.probed(part), self.folder) as runner, np.errstate(all="ignore"):
-                for feeds in self.feeds:
-                    total += runner.infer(feeds)["sums"].astype(np.float64)
-            sums.update(zip(part, total.tolist(), strict=True))
-        return {name: _relative(error, energy) for name, (error, energy) in sums.items()}
-
-    def borders(self) -> dict[str, tuple[str, frozenset[str]]]:
-        """Find the float tensors that leave a module: tensor -> the module that makes it, and those that read it."""
-        graph = self.splice.high.graph
-        types = tensor_types(self.splice.high)
-        outputs = {o.name for o in graph.output}
-        readers: dict[str, set[str]] = {}
-        for node in graph.node:
-            for name in node.input:
-                readers.setdefault(name, set()).add(module_of(node.name) or TOP)
-        found = {}
-        for node in graph.node:
-            own = module_of(node.name) or TOP
-            twin = node.name in self.splice.twins
-            for name in node.output if twin else ():
-                others = readers.get(name, set()) - {own}
-                if types.get(name) == TensorProto.FLOAT and (others or name in outputs):
-                    found[name] = (own, frozenset(others))
-        return found
+    def open(self, model: ModelProto) -> Runner:
+        """Open a graph of both precisions."""
+        return self.how.open(model, self.folder)
 
     def _remembered(self, consumed: Mapping[str, str], make: Callable[[], ModelProto]) -> Apart:
         everything = {**self._identity, **consumed}
@@ -217,7 +187,7 @@ class Laboratory:
     def _outputs(self, model: ModelProto) -> list[Outputs]:
         """Run all images; rows that only fill a batch up are cut."""
         found: list[Outputs] = []
-        with self.how.open(model, self.folder) as runner:
+        with self.open(model) as runner:
             for feeds in self.feeds:
                 outputs = runner.infer(feeds)
                 left = self.images.count - sum(len(next(iter(o.values()))) for o in found)
@@ -251,12 +221,6 @@ def _images(batches: Sequence[Outputs]) -> Iterator[Outputs]:
     for batch in batches:
         for row in range(len(batch["scores"])):
             yield {name: batch[name][row] for name in _DETECTIONS}
-
-
-def _relative(error: float, energy: float) -> float:
-    if not np.isfinite(error):
-        return float("inf")
-    return float(np.sqrt(error / energy)) if energy > 0 else (0.0 if error == 0 else float("inf"))
 
 
 def _digest(names: Sequence[str]) -> str:

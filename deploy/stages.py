@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,8 @@ from deploy.candidates import (
     prove_selection,
 )
 from deploy.console import Console
-from deploy.errors import CheckpointError
+from deploy.errors import CheckpointError, EngineBuildError, PrecisionError
+from deploy.graph.io import load_model as load_graph
 from deploy.graph.pipeline import run_passes
 from deploy.graph.plugins import for_builder
 from deploy.known_bad import warn_of_traps
@@ -45,13 +47,16 @@ from deploy.parity.inputs import InputPack
 from deploy.parity.metrics import furthest
 from deploy.parity.selection import with_selection
 from deploy.pictures import drawn_photo, draws
+from deploy.precision.boundaries import PROBES, boundary_errors
 from deploy.precision.convert import convert_precision
 from deploy.precision.quantize import QuantizationRequest
+from deploy.precision.splice import Splice
 from deploy.preprocess import find_images
 from deploy.recipe import Recipe
 from deploy.records import (
     Artifact,
     BenchRecord,
+    BoundaryError,
     DrawnPhoto,
     Drift,
     EngineRecord,
@@ -66,6 +71,7 @@ from deploy.records import (
     to_json,
 )
 from deploy.resolve import bench_options, calibration_images, parity_inputs, sample_feeds, tolerances
+from deploy.sensitivity import how_to_judge
 from deploy.trace import TraceRequest, choose_opset, onnx_from_torch
 
 _RANGE_IMAGES = 2  # enough to see an FP16 overflow coming, cheap enough to be on the road
@@ -209,7 +215,26 @@ class Work:
         sample = self.sample() if approximate else None
         drift = measure_drift(self.loaded, partial(furthest, task), sample)
         parity = with_drift(parity, drift, self.recipe.parity.max_drift, approximate=approximate)
-        return dataclasses.replace(with_batches(parity, batches), pictures=self._pictures(engines)), drift
+        modules, why_not = self._modules(patched, typed)
+        parity = dataclasses.replace(with_batches(parity, batches), modules=modules, pictures=self._pictures(engines))
+        return dataclasses.replace(parity, notes=(*parity.notes, *why_not)), drift
+
+    def _modules(
+        self, patched: PassesRecord, typed: PrecisionRecord
+    ) -> tuple[tuple[BoundaryError, ...], tuple[str, ...]]:
+        """Compare a reduced precision with the float32 graph module by module; else a note that says why not."""
+        precision = self.recipe.precision
+        if precision is Precision.FP32:
+            return (), ()
+        high, low = (self.folder / record.artifact.name for record in (patched, typed))
+        how = how_to_judge(precision, self.target, build_options(self.recipe))
+        with tempfile.TemporaryDirectory() as scratch:
+            opened = partial(how.open, folder=Path(scratch))
+            try:
+                splice = Splice(load_graph(high), load_graph(low))
+                return boundary_errors(splice, precision, opened, self._batches(), most=PROBES), ()
+            except (PrecisionError, EngineBuildError) as error:
+                return (), (f"error by module was not measured: {error.message}",)
 
     def _pictures(self, engines: Sequence[EngineRecord]) -> tuple[DrawnPhoto, ...]:
         """Draw the first engine that runs here on the first photo, where the system has something to draw."""
@@ -237,6 +262,12 @@ class Work:
         """Return feeds of natural-looking images: ``count`` of them, or a few in multiples of the smallest batch."""
         batch = self.recipe.batch.min
         return sample_feeds(self.inputs, count or batch * math.ceil(_RANGE_IMAGES / batch))
+
+    def _batches(self) -> list[Feeds]:
+        """Return the sample in the smallest batches that the graph takes."""
+        step, sample = self.recipe.batch.min, self.sample()
+        images = len(next(iter(sample.values())))
+        return [{name: a[i : i + step] for name, a in sample.items()} for i in range(0, images, step)]
 
     def _stage_files(self, traced: TraceRecord, patched: PassesRecord, typed: PrecisionRecord) -> dict[str, Artifact]:
         """Name the ONNX files of the stages; a file of two stages comes once."""

@@ -17,9 +17,10 @@ from support import effdeploy
 from deploy.answers import BisectRecord
 from deploy.artifacts import artifact_of, read_manifest, write_manifest
 from deploy.backends.base import BuildOptions
-from deploy.bisecting import JUMP, _Search
+from deploy.bisecting import _Search
 from deploy.console import Console, Mode
 from deploy.graph.io import save_model
+from deploy.precision.boundaries import JUMP
 from deploy.precision.convert import convert_precision
 from deploy.precision.images import generated_images
 from deploy.records import Precision, Target, TensorSpec, from_json

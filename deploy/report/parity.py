@@ -6,6 +6,7 @@ from deploy import summary, units
 from deploy.records import Comparison, ParityRecord, RunRecord, Tolerance
 from deploy.report import charts, words
 from deploy.report.blocks import BAD, GOOD, QUIET, Block, Chart, Details, Image, Listing, Section, Table, Text, cells
+from deploy.report.modules import module_blocks
 
 
 def parity(run: RunRecord) -> Section:
@@ -20,6 +21,7 @@ def parity(run: RunRecord) -> Section:
         _parity_table(record),
         _tolerance_table(record),
         Details(summary="Error by kind of input", blocks=(_per_input_table(record),)),
+        *module_blocks(run),
     ]
     blocks += _decision_blocks(record)
     blocks += _selection_blocks(run)

@@ -35,7 +35,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("view", VIEWS)
 def test_every_chart_is_seen(view, page, report):
     found = seen(page, report, VIEWS[view])
-    assert found["charts"] >= 4
+    assert found["charts"] >= 5
     assert faults(found) == {}
     assert found["sideways"] <= 0
 
