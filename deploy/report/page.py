@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deploy import summary, units
-from deploy.records import RunRecord
+from deploy.records import ParityRecord, RunRecord
 from deploy.report import graph, latency, overview, parity, provenance, words
 from deploy.report.blocks import BAD, GOOD, WARN, Page, Section, Tile
 
@@ -43,14 +43,26 @@ def run_page(run: RunRecord) -> Page:
 
 
 def failures_of(run: RunRecord) -> tuple[str, ...]:
-    """Return what failed in the parity check, stage by stage, in the batch suite, and in the precision audit."""
-    comparisons = run.parity.comparisons if run.parity else ()
-    broken = [f"{c.stage}, {c.output}: {'; '.join(c.failures)}" for c in comparisons if not c.passed]
-    batches = run.parity.batches.checks if run.parity and run.parity.batches else ()
-    broken += [f"{c.stage}: {summary.batch_failure(c)}" for c in batches if not c.ok]
+    """Return what failed in the parity check, stage by stage, and in the precision audit; else the failing verdict."""
+    broken = _broken_parity(run.parity) if run.parity else []
     same, told = summary.timed_and_compared(run)
     broken += [] if same else [told]
-    return (*broken, *(f"{name}: {text}" for name, text, ok in summary.precision_ran(run) if not ok))
+    broken += [f"{name}: {text}" for name, text, ok in summary.precision_ran(run) if not ok]
+    return tuple(broken) if broken or run.ok else (run.verdict,)
+
+
+def _broken_parity(record: ParityRecord) -> list[str]:
+    """List what is out of its limits: outputs, decisions, gates of a detector, rows of a batch."""
+    broken = [f"{c.stage}, {c.output}: {'; '.join(c.failures)}" for c in record.comparisons if not c.passed]
+    broken += [
+        f"{c.stage}, {c.module}: PyTorch preferred its own {c.what} by up to {units.number(c.margin)} "
+        f"(limit {units.number(c.limit)})"
+        for c in record.decisions
+        if not c.ok
+    ]
+    broken += [f"{c.stage}, gate {c.gate}: {'; '.join(c.failures)}" for c in record.selection if not c.ok]
+    batches = record.batches.checks if record.batches else ()
+    return broken + [f"{c.stage}: {summary.batch_failure(c)}" for c in batches if not c.ok]
 
 
 def _footer(run: RunRecord) -> str:

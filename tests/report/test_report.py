@@ -18,10 +18,10 @@ import pytest
 
 from deploy import summary, units
 from deploy.errors import BundleError, StorageError, UnknownNameError
-from deploy.records import RunRecord, from_json, to_json
+from deploy.records import DecisionCheck, Precision, RunRecord, from_json, to_json
 from deploy.report import render
 from deploy.report.markdown import escape
-from deploy.report.page import SECTIONS, run_page
+from deploy.report.page import SECTIONS, failures_of, run_page
 from deploy.report.provenance import export_command, polygraphy_commands
 
 from . import sample
@@ -182,6 +182,18 @@ def test_a_failure_is_named_before_everything_else(tmp_path: Path) -> None:
     assert "What failed" not in passed.text
 
 
+def test_a_wrong_choice_and_a_drift_are_named_as_failures() -> None:
+    run = sample.full_run(ok=False, verdict="the deploy form is off; parity.max_drift allows 0.1")
+    assert run.parity is not None
+    assert failures_of(run) == (run.verdict,)
+    wrong = DecisionCheck(
+        stage="fp16", module="blocks.1", what="merges", images=8, flips=3, margin=0.4, limit=0.01, same=0.9, ok=False
+    )
+    run = dataclasses.replace(run, parity=dataclasses.replace(run.parity, decisions=(wrong,)))
+    (told,) = failures_of(run)
+    assert told == "fp16, blocks.1: PyTorch preferred its own merges by up to 0.400 (limit 0.0100)"
+
+
 def test_an_audit_that_fails_is_named(tmp_path: Path) -> None:
     run = sample.full_run()
     audit = dataclasses.replace(run.engines[0].audit, ok=False, statement="asked fp16; all kernels compute in fp32")
@@ -291,12 +303,35 @@ def test_missing_stages_are_said_not_drawn(tmp_path: Path) -> None:
 
 def test_charts_are_there_and_speak(tmp_path: Path) -> None:
     page = Reader(html_of(sample.full_run(), tmp_path))
-    assert page.tags.count("svg") == 4
-    assert page.tags.count("desc") == 4
+    assert page.tags.count("svg") == 5
+    assert page.tags.count("desc") == 5
     labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-labelledby"]
     ids = {value for _, name, value in page.attributes if name == "id"}
     assert all(set(label.split()) <= ids for label in labels)
     assert page.tags.count("circle") == 3 * 120 + 5
+
+
+def test_the_error_by_module_is_drawn_with_its_jump_and_else_says_why_not(tmp_path: Path) -> None:
+    run = sample.full_run()
+    assert run.parity is not None
+    assert run.precision is not None
+    calm = Reader(html_of(run, tmp_path)).text
+    assert "3.27e-4 → 4.83e-4" in calm
+    assert "jump" not in calm
+    spoilt = tuple(
+        dataclasses.replace(b, after=math.inf, jump=True) if b.module == "stages.2" else b for b in run.parity.modules
+    )
+    broken = dataclasses.replace(run, parity=dataclasses.replace(run.parity, modules=spoilt))
+    page = Reader(html_of(broken, tmp_path)).text
+    assert "stages.2 3.27e-4 → infinite, jump" in page
+    assert "| stages.2 | 3.27e-4 | infinite | jump | stages.2/out |" in markdown_of(broken, tmp_path)
+    many = tuple(dataclasses.replace(run.parity.modules[0], module=f"m{i}", after=i / 100) for i in range(40))
+    long = Reader(html_of(dataclasses.replace(run, parity=dataclasses.replace(run.parity, modules=many)), tmp_path))
+    assert "the 12 of 40 modules that add most" in long.text
+    older = dataclasses.replace(run, parity=dataclasses.replace(run.parity, modules=()))
+    assert "not measured: the record holds none. effdeploy bisect BUNDLE" in Reader(html_of(older, tmp_path)).text
+    high = dataclasses.replace(older, precision=dataclasses.replace(run.precision, precision=Precision.FP32))
+    assert "Error by module: not measured: the graph is in FP32" in Reader(html_of(high, tmp_path)).text
 
 
 def test_broken_numbers_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from deploy.console import Console, Mode
 from deploy.parity.selection import with_selection
 from deploy.records import RunRecord, SelectionCheck, from_json, to_json
 from deploy.report import render
+from deploy.report.page import failures_of
 
 from . import sample
 
@@ -61,6 +62,8 @@ def test_a_failed_gate_heads_everything(tmp_path: Path) -> None:
     assert summary.status(run) == summary.FAILED
     for text in shown(run, tmp_path):
         assert "gate B fails at 'fp16': matched detections 61.0 % < 99.5 %" in text.replace("\\", "")
+    assert failures_of(run) == ("fp16, gate B: matched detections 61.0 % < 99.5 %",)
+    assert failures_of(judged()) == ()
 
 
 def test_what_a_stage_does_not_show_is_left_open(tmp_path: Path) -> None:
