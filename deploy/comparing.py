@@ -192,7 +192,8 @@ def _measured_latency(measured: BenchRecord) -> Iterator[Metric]:
     obstacle = "" if ratio else "the engines take other batches or run on other devices"
     noise = {"p99": math.hypot(_spread(before), _spread(after))} if before and after else {}
     if ratio:
-        noise.update(dict.fromkeys(("latency", "throughput"), _interval(ratio)))
+        half = _half_interval(ratio)
+        noise |= {"latency": half, "throughput": half / ratio.median**2}
     for name, (meaning, kind, read) in LATENCY_READERS.items():
         yield Metric(
             name=name,
@@ -213,7 +214,10 @@ def _change_of(name: str, ratio: Ratio | None) -> float | None:
     return ratio.median if name == "latency" else 1 / ratio.median
 
 
-def _interval(ratio: Ratio) -> float:
+def _half_interval(ratio: Ratio) -> float:
+    """Return half of the 95 % interval of the median; with too few rounds for one, that of normal values."""
+    if ratio.interval is not None:
+        return (ratio.interval[1] - ratio.interval[0]) / 2
     return _MEDIAN_95 * (ratio.p90 - ratio.p10) / math.sqrt(max(ratio.rounds, 1))
 
 

@@ -22,6 +22,7 @@ _OPTIONS = (
     ("target", "--target"),
     ("engine.backend", "--backend"),
     ("engine.sm", "--sm"),
+    ("quantization.calib", "--calib"),
     ("parity.images", "--images"),
     ("bench.baselines", "--baseline"),
     ("bench.threads", "--threads"),
