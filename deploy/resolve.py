@@ -37,8 +37,8 @@ from deploy.records import Stage, Tolerance
 if TYPE_CHECKING:
     from deploy.models.base import Flag, System
 
-_GENERATED, _CALIBRATION_SEED, _CALIBRATION_BATCH = 16, 1000, 8
-_JUDGED, _JUDGING_SEED = 16, 3000
+_GENERATED, _MOST_AT_ONCE = 16, 8  # images where no folder is named; images in a batch
+_CALIBRATION_SEED, _JUDGING_SEED = 1000, 3000
 
 
 def resolve_recipe(
@@ -204,21 +204,10 @@ def calibration_images(system: System, recipe: Recipe) -> CalibrationImages:
     Raises:
         ImageError: the folder is missing, unreadable, or holds no image.
     """
-    from deploy.models.base import specialised  # as in _mistakes
-
-    section, spec = recipe.quantization, recipe.preprocess.record()
-    system = specialised(system, recipe)
-    batch = max(recipe.batch.min, min(recipe.batch.opt, _CALIBRATION_BATCH))
+    section = recipe.quantization
     if section.calib is not None:
-        return images_of_folder(
-            section.calib, recipe.size, spec, limit=section.max_images, batch=batch, inputs=system.inputs,
-            makers=system.feeds,
-        )  # fmt: skip
-    return generated_images(
-        lambda index: natural_image(recipe.size, spec, _CALIBRATION_SEED + index), _GENERATED,
-        identity=f"natural {_CALIBRATION_SEED} {recipe.size} {spec}", batch=batch, inputs=system.inputs,
-        makers=system.feeds,
-    )  # fmt: skip
+        return _of_folder(system, recipe, section.calib, section.max_images)
+    return _generated(system, recipe, _CALIBRATION_SEED)
 
 
 def judged_images(system: System, recipe: Recipe) -> CalibrationImages:
@@ -229,24 +218,37 @@ def judged_images(system: System, recipe: Recipe) -> CalibrationImages:
     Raises:
         ImageError: the folder is missing, unreadable, or holds no image.
     """
+    folder = recipe.parity.images or recipe.quantization.calib
+    if folder is not None:
+        found = _of_folder(system, recipe, folder, recipe.parity.max_images)
+        flag = "--images" if recipe.parity.images else "--calib, on which the ranges were measured"
+        return dataclasses.replace(found, source=f"{len(found.names)} images of {flag}")
+    return dataclasses.replace(_generated(system, recipe, _JUDGING_SEED), warnings=())
+
+
+def _of_folder(system: System, recipe: Recipe, folder: Path, limit: int) -> CalibrationImages:
+    from deploy.models.base import specialised  # as in _mistakes
+
+    system = specialised(system, recipe)
+    return images_of_folder(
+        folder, recipe.size, recipe.preprocess.record(), limit=limit, batch=_images_at_once(recipe),
+        inputs=system.inputs, makers=system.feeds,
+    )  # fmt: skip
+
+
+def _generated(system: System, recipe: Recipe, seed: int) -> CalibrationImages:
     from deploy.models.base import specialised  # as in _mistakes
 
     spec, system = recipe.preprocess.record(), specialised(system, recipe)
-    batch = max(recipe.batch.min, min(recipe.batch.opt, _CALIBRATION_BATCH))
-    folder = recipe.parity.images or recipe.quantization.calib
-    if folder is not None:
-        found = images_of_folder(
-            folder, recipe.size, spec, limit=recipe.parity.max_images, batch=batch, inputs=system.inputs,
-            makers=system.feeds,
-        )  # fmt: skip
-        flag = "--images" if recipe.parity.images else "--calib, on which the ranges were measured"
-        return dataclasses.replace(found, source=f"{len(found.names)} images of {flag}")
-    found = generated_images(
-        lambda index: natural_image(recipe.size, spec, _JUDGING_SEED + index), _JUDGED,
-        identity=f"natural {_JUDGING_SEED} {recipe.size} {spec}", batch=batch, inputs=system.inputs,
+    return generated_images(
+        lambda index: natural_image(recipe.size, spec, seed + index), _GENERATED,
+        identity=f"natural {seed} {recipe.size} {spec}", batch=_images_at_once(recipe), inputs=system.inputs,
         makers=system.feeds,
     )  # fmt: skip
-    return dataclasses.replace(found, warnings=())
+
+
+def _images_at_once(recipe: Recipe) -> int:
+    return max(recipe.batch.min, min(recipe.batch.opt, _MOST_AT_ONCE))
 
 
 def sample_feeds(inputs: InputPack, count: int) -> Feeds:
