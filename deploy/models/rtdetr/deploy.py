@@ -1,6 +1,6 @@
 """The decoder that is exported: the same function with everything linear composed beforehand.
 
-What is folded, exactly up to rounding, and computed in float64:
+What is folded, exactly up to rounding, in the dtype of the training form, which ``to_deploy`` gives in float64:
 
 * ``decoder.input_proj`` is linear and only linear layers read it, so it disappears into them: the values of all layers
   come from one 1x1 convolution per map, V_i (W f + b) + v_i = (V_i W) f + (V_i b + v_i), and stay maps, so that no
@@ -14,7 +14,6 @@ What is folded, exactly up to rounding, and computed in float64:
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -39,12 +38,10 @@ class DeployCrossAttention(nn.Module):
         self.heads, self.total = cross.heads, sum(cross.points)
         discrete = isinstance(cross.sampling, DiscreteSampling)
         self.sampling = (DiscreteSampling if discrete else BILINEAR[form])(cross.sizes, cross.points)
-        share = torch.tensor([1 / n for n in cross.points for _ in range(n)], dtype=torch.float64)
-        scale = share[None, :, None].expand(cross.heads, -1, 2).reshape(-1)
         offsets = cross.sampling_offsets
-        dtype = offsets.weight.dtype
-        weight, bias = offsets.weight.double() * scale[:, None], offsets.bias.double() * scale
-        self.sampling_offsets = linear(weight.to(dtype), bias.to(dtype))
+        share = torch.tensor([1 / n for n in cross.points for _ in range(n)], dtype=offsets.weight.dtype)
+        scale = share[None, :, None].expand(cross.heads, -1, 2).reshape(-1)
+        self.sampling_offsets = linear(offsets.weight * scale[:, None], offsets.bias * scale)
         self.attention_weights, self.output_proj = cross.attention_weights, cross.output_proj
 
     def forward(self, query: Tensor, boxes: Tensor, maps: Sequence[Tensor]) -> Tensor:
@@ -87,18 +84,16 @@ class QuerySelection(nn.Module):
     def __init__(self, decoder: Decoder, projections: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         proj, self.norm = decoder.enc_output.linear, decoder.enc_output.norm
-        dtype = proj.weight.dtype
         self.masked, self.queries = not bool(decoder.valid.all()), decoder.queries
         self.maps = nn.ModuleList()
         for weight, bias in projections:
             # The mask zeroes a position before the projection: only the projection's own bias is left there.
-            own = 0 if self.masked else proj.bias.double()
-            composed = proj.weight.double() @ weight, proj.weight.double() @ bias + own
-            self.maps.append(pointwise(*(x.to(dtype) for x in composed)))
+            own = 0 if self.masked else proj.bias
+            self.maps.append(pointwise(proj.weight @ weight, proj.weight @ bias + own))
         self.score_head, self.bbox_head = decoder.enc_score_head, decoder.enc_bbox_head
         anchors = torch.where(decoder.anchors.isinf(), FAR, decoder.anchors)[0]
         self.register_buffer("anchors", anchors.clone(), persistent=False)
-        self.register_buffer("valid", decoder.valid.to(dtype), persistent=False)
+        self.register_buffer("valid", decoder.valid.to(proj.weight.dtype), persistent=False)
         self.register_buffer("shift", proj.bias.detach().clone(), persistent=False)
         self.register_buffer("wide", torch.zeros(1, 1, proj.out_features, dtype=torch.int64), persistent=False)
 
@@ -125,7 +120,7 @@ class DeployDecoder(nn.Module):
         layers = [cast(DecoderLayer, layer) for layer in decoder.decoder.layers][: decoder.used]
         projections = []
         for block in decoder.input_proj:
-            weight, bias = fold_norm(copy.deepcopy(cast(ConvNorm, block)).double())
+            weight, bias = fold_norm(cast(ConvNorm, block))
             projections.append((weight.flatten(1), bias))
         self.selection = QuerySelection(decoder, projections)
         kind = StackedValues if stacked else SeparateValues
@@ -171,7 +166,5 @@ class StackedValues(nn.Module):
 def _values(layers: Sequence[DecoderLayer], weight: Tensor, bias: Tensor) -> nn.Conv2d:
     """Compose the value projections of layers with a map's projection, stacked into one convolution."""
     projections = [layer.cross_attn.value_proj for layer in layers]
-    dtype = projections[0].weight.dtype
-    composed = torch.cat([p.weight.double() @ weight for p in projections])
-    shift = torch.cat([p.weight.double() @ bias + p.bias.double() for p in projections])
-    return pointwise(composed.to(dtype), shift.to(dtype))
+    composed = torch.cat([p.weight @ weight for p in projections])
+    return pointwise(composed, torch.cat([p.weight @ bias + p.bias for p in projections]))

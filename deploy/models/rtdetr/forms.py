@@ -12,15 +12,16 @@ CONVOLUTIONS = {Target.ONNXRUNTIME: "winograd", Target.TENSORRT: "direct"}
 SAMPLING = {Target.ONNXRUNTIME: "grid_sample", Target.TENSORRT: "gather"}
 _SAMPLED = {"grid_sample": "GridSample", "gather": "sampling by Gather", "plugin": "sampling by TensorRT's plugin"}
 _SAMPLED_FOR = {
-    Target.ONNXRUNTIME: "with sampling by Gather r18 took 1.05 times as long (benchmarks/rtdetr.py)",
+    Target.ONNXRUNTIME: "with sampling by Gather r18 took 1.05 times the CPU time on ONNX Runtime "
+    "(benchmarks/rtdetr.py); not timed on OpenVINO",
     Target.TENSORRT: "GridSample engines of some TensorRT versions build, run and detect something else "
-    "(deploy/data/known_bad.yaml); a Gather form needs no such operator, and 162 kernels instead of 170 (r18, FP16, "
-    "TensorRT-RTX)",
+    "(deploy/data/known_bad.yaml), and the version that will build is not known here; a Gather form is right in all of "
+    "them, and takes 162 kernels instead of 170 (r18, FP16, TensorRT-RTX; not timed)",
 }
 _CONVOLVED = {"winograd": "filtered convolutions", "direct": "plain convolutions"}
 _CONVOLVED_FOR = {
-    "winograd": "with plain convolutions r18 took 1.13 times as long on a CPU; on a machine without a GPU, "
-    "--set convolutions=direct exports for one",
+    "winograd": "with plain convolutions r18 took 1.13 times the CPU time, 1.08 times the wall time; on a machine "
+    "without a GPU, --set convolutions=direct exports for one",
     "direct": "convolutions are filtered for float32 on ONNX Runtime's CPU alone",
 }
 

@@ -1,7 +1,7 @@
 """The hybrid encoder for ONNX Runtime's CPU: no map is concatenated, and none is convolved larger than it has to be.
 
 A 1x1 convolution of a concatenation is the sum of one convolution for each part, W [a; b] = W_a a + W_b b. That gives,
-exactly up to rounding and composed in float64:
+exactly up to rounding and composed in the encoder's dtype, which ``to_deploy`` makes float64:
 
 * no concatenation of two maps of up to 80x80, and the sum runs inside the second convolution;
 * the way down convolves the map of half the size and enlarges the result: repeating pixels and a 1x1 convolution change
@@ -75,6 +75,5 @@ def _after(below: FusedConv | None, conv: nn.Conv2d, dim: int) -> nn.Conv2d:
     weight, bias = conv.weight[:, dim:, 0, 0], cast(Tensor, conv.bias)
     if below is None:
         return pointwise(weight, bias)
-    inner, shift = below.conv.weight[:, :, 0, 0].double(), cast(Tensor, below.conv.bias).double()
-    composed, moved = weight.double() @ inner, weight.double() @ shift + bias.double()
-    return pointwise(composed.to(weight.dtype), moved.to(weight.dtype))
+    inner, shift = below.conv.weight[:, :, 0, 0], cast(Tensor, below.conv.bias)
+    return pointwise(weight @ inner, weight @ shift + bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -145,16 +146,22 @@ def _kind(options: Mapping[str, Any]) -> type[RTDETR]:
 
 
 def to_deploy(model: nn.Module, target: Target) -> nn.Module:
-    """Return the folded copy for a target, in the dtype of ``model``; ``model`` stays untouched."""
-    source = cast(RTDETR, model)
+    """Return the folded copy for a target, in the dtype of ``model``; ``model`` stays untouched.
+
+    All of it is composed in float64, so that each number is rounded once, at the end.
+    """
+    source, dtype = cast(RTDETR, copy.deepcopy(model).double()), next(model.parameters()).dtype
     options = source.options
     form = _sampling(options, target)
     with torch.no_grad():
+        backbone, decoder = source.backbone, source.decoder
         encoder = _convolutions(folded(source.encoder), options, target)
         if isinstance(source, EncoderPart):
-            return EncoderPart(nn.Identity(), encoder, nn.Identity(), options)
-        decoder = DeployDecoder(cast(Decoder, source.decoder), form, stacked=target is Target.TENSORRT)
-        return type(source)(_convolutions(folded(source.backbone), options, target), encoder, decoder, options)
+            backbone, decoder = nn.Identity(), nn.Identity()
+        else:
+            backbone = _convolutions(folded(backbone), options, target)
+            decoder = DeployDecoder(cast(Decoder, decoder), form, stacked=target is Target.TENSORRT)
+        return type(source)(backbone, encoder, decoder, options).to(dtype)
 
 
 def _sampling(options: Mapping[str, Any], target: Target) -> str:
