@@ -139,6 +139,13 @@ class SelectionCheck:
     seconds: float
     tied: int = 0  # images in which PyTorch's own scores tie at the cut, so that either query may be selected
 
+    @property
+    def unproven(self) -> str:
+        """Why holding this gate proves nothing about the precision; empty where it does."""
+        if self.random:
+            return "weights: random"
+        return "nothing to match" if self.gate == "B" and self.matched is None else ""
+
 
 @record
 class DrawnPhoto:

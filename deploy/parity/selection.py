@@ -9,7 +9,8 @@ moves.
 *Gate B*, reduced precision against PyTorch: rounding may select other queries, so decisions are judged: how much of the
 selection is shared, how far from the cut the lost queries were, and whether detections that users act on have partners
 in both directions. With random weights that proves nothing about precision, since such weights amplify noise and their
-scores lie close together; then only what holds for any weights is judged, and the verdict says so.
+scores lie close together; then only what holds for any weights is judged, and the verdict says so. Where no detection
+is sure enough to be matched, nothing is proven either, and the verdict says that as well.
 
 Elementwise differences of outputs whose rows moved are reported and are no criterion.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,8 +61,6 @@ RANDOM_OVERLAP_8_BITS = 0.2  # rounded to 256 levels, random weights select othe
 _NOTHING = Tolerance()
 BEFORE = ("deploy form", "traced")  # float32 stages from which the graph of gate A is made
 JUDGED_GROUPS = ("noise", "natural", "photos")  # on plain extremes most positions are tied, and overlap says nothing
-# Ranges of 8 bits are measured on photos and clip what lies outside: what a detector finds elsewhere is no decision.
-CALIBRATED_GROUPS = ("photos", "natural")  # the first that the inputs have
 
 
 def check_selection(
@@ -73,6 +72,7 @@ def check_selection(
     tolerances: Mapping[str, Tolerance],
     *,
     random: bool,
+    ranges: Collection[str] = JUDGED_GROUPS,
 ) -> tuple[SelectionCheck, ...]:
     """Put files through gate A (float32) or gate B (everything else).
 
@@ -84,6 +84,7 @@ def check_selection(
         open_: Opens an ONNX file on ONNX Runtime's CPU.
         tolerances: Precision -> limits; gate B reads ``overlap``, ``margin``, ``matched`` and ``score``.
         random: Whether the weights are random.
+        ranges: Groups of inputs that the ranges of 8 bits are for.
 
     Raises:
         ParityError: the graph does not show its selection where the system says.
@@ -105,8 +106,8 @@ def check_selection(
         if file.precision is Precision.FP32:
             check = gate_a(file.stage, mine, theirs, limits=tolerances[file.precision.value])
         else:
-            limits, quantised = tolerances[file.precision.value], file.precision.quantised
-            check = gate_b(file.stage, mine, theirs, groups, limits, overlap, random=random, quantised=quantised)
+            limits, only = tolerances[file.precision.value], ranges if file.precision.quantised else None
+            check = gate_b(file.stage, mine, theirs, groups, limits, overlap, random=random, ranges=only)
         if isinstance(file, SelectingFile) and file.typed:
             check = _failing(check, islands(file.typed(), names))
         checks.append(dataclasses.replace(check, seconds=time.perf_counter() - start))
@@ -167,10 +168,10 @@ def told_of(check: SelectionCheck) -> str:
             f"gate A holds at {check.stage!r}: logits of one position differ by {units.number(check.largest)} at "
             f"most, boxes by {units.number(check.boxes)}"
         )
-    if check.random:
+    if why := check.unproven:
         seen = f"scores and boxes in float32, {units.percent(check.overlap)} of the selection shared"
         known = "" if check.overlap is None else f", {seen}"
-        return f"the precision of {check.stage!r} is NOT proven (weights: random): finite{known}"
+        return f"the precision of {check.stage!r} is NOT proven ({why}): finite{known}"
     shared = "" if check.overlap is None else f"{units.percent(check.overlap)} of the selection shared, "
     return f"gate B holds at {check.stage!r}: {shared}{check.matches}"
 
@@ -196,7 +197,7 @@ def gate_a(
 
 def gate_b(
     stage: str, expected: Sequence[Image], got: Sequence[Image], groups: Sequence[str], limits: Tolerance,
-    overlap: float, *, random: bool, quantised: bool = False,
+    overlap: float, *, random: bool, ranges: Collection[str] | None = None,
 ) -> SelectionCheck:  # fmt: skip
     """Hold decisions in reduced precision to PyTorch's.
 
@@ -208,16 +209,16 @@ def gate_b(
         limits: Of the precision.
         overlap: Least IoU of a match.
         random: Judge only what holds for any weights.
-        quantised: Judge images that calibrated ranges are for, and hold the others to be finite.
+        ranges: In 8 bits, the groups that the calibrated ranges are for; the others are held to be finite: they are
+            clipped, and what a detector finds in them is no decision.
     """
-    calibrated = next((group for group in CALIBRATED_GROUPS if quantised and group in groups), None)
-    plain = [i for i, group in enumerate(groups) if group == calibrated or (not calibrated and group in JUDGED_GROUPS)]
-    decided = plain if calibrated else range(len(groups))
+    plain = [i for i, group in enumerate(groups) if group in (JUDGED_GROUPS if ranges is None else ranges)]
+    decided = range(len(groups)) if ranges is None else plain
     check = _measured("B", stage, _of(expected, decided), _of(got, decided), overlap)
     shared = _overlap(_of(expected, plain), _of(got, plain))
     check = dataclasses.replace(check, overlap=shared, random=random, images=len(got))
     found = _not_finite([image for i, image in enumerate(got) if i not in decided])
-    least = (RANDOM_OVERLAP_8_BITS if quantised else RANDOM_OVERLAP) if random else limits.overlap
+    least = (RANDOM_OVERLAP if ranges is None else RANDOM_OVERLAP_8_BITS) if random else limits.overlap
     if shared is not None and least is not None and _below(shared, least):
         found.append(f"the selection shared is {units.percent(shared)} < {units.percent(least)}")
     if random:
@@ -234,9 +235,8 @@ def gate_b(
     if check.matched is None:
         notes.append(f"{stage}: {check.matches}; photos of what it was trained on would judge more (--images DIR)")
     if outside := len(got) - len(decided):
-        notes.append(
-            f"{stage}: {outside} images that are no {calibrated} lie outside the calibrated ranges: held finite"
-        )
+        kind = " or ".join(sorted(ranges or ()))
+        notes.append(f"{stage}: {outside} images that are not {kind} lie outside the calibrated ranges: held finite")
     return dataclasses.replace(_failing(check, found), notes=tuple(notes))
 
 

@@ -138,9 +138,15 @@ def test_a_tie_at_the_cut_takes_nothing_from_a_graph_that_gate_a_has_held():
         (check, compared("engine sm89")),  # gate A has not seen that engine
         (check, compared("patched", precision="fp16")),
         (check, compared("patched", max_abs=np.inf)),
-        (dataclasses.replace(check, ok=False, failures=("boxes",)), compared("patched")),
     ):
         assert not with_selection(parity_of(comparison), [check_]).ok
+    failed = dataclasses.replace(check, ok=False, failures=("boxes",))
+    for checks, excused in (([check], True), ([failed], False), ([check, failed], False)):  # gate A's alone to excuse
+        (judged,) = with_selection(parity_of(compared("patched")), checks).comparisons
+        assert judged.passed is excused
+    mixed = with_selection(parity_of(compared("patched"), compared("engine sm89")), [check])
+    assert [c.passed for c in mixed.comparisons] == [True, False]
+    assert (mixed.ok, mixed.verdict) == (False, "parity fails")
 
 
 def test_gate_a_holds_the_outputs_as_well():
@@ -151,8 +157,8 @@ def test_gate_a_holds_the_outputs_as_well():
     assert "output 'boxes': max_relative" in check.failures[0]
 
 
-def b(expected, got, *, random=False, limits=LIMITS, groups=("photos",), quantised=False):
-    return gate_b("fp16", [expected], [got], groups, limits, 0.85, random=random, quantised=quantised)
+def b(expected, got, *, random=False, limits=LIMITS, groups=("photos",)):
+    return gate_b("fp16", [expected], [got], groups, limits, 0.85, random=random)
 
 
 def test_gate_b_judges_decisions():
@@ -188,13 +194,21 @@ def test_random_weights_are_judged_by_what_holds_for_any_and_it_is_said():
     assert not b(image, seen(image, index=half, rows=half), random=True).ok
 
 
-def test_inputs_without_a_confident_detection_are_named():
+def test_inputs_without_a_confident_detection_prove_nothing():
+    """An empty match is no pass: the verdict and the table say that the precision is not proven, and what would."""
     image = run()
     quiet = outputs(image, scores=image.outputs["scores"] * 0.1)
     check = b(quiet, quiet)
-    assert check.ok
+    assert check.unproven == "nothing to match"
+    assert told_of(check).startswith("the precision of 'fp16' is NOT proven (nothing to match): finite")
+    held = with_selection(parity_of(compared("patched", passed=True, failures=())), [check])
+    assert held.verdict.startswith("the precision of 'fp16' is NOT proven")
+    assert "gate B holds" not in held.verdict
     assert "nothing was matched" in check.notes[0]
     assert "--images" in check.notes[0]
+    one_side = b(quiet, image)  # negative control: what only one of both finds is a difference, not nothing
+    assert not one_side.ok
+    assert not b(image, image).unproven
 
 
 def test_overlap_is_judged_where_positions_are_not_tied():
@@ -211,19 +225,25 @@ def test_calibrated_ranges_are_judged_on_what_they_were_measured_for():
     image = run()
     wrong = outputs(image, labels=(image.outputs["labels"] + 1) % CLASSES)
     broken = outputs(image, scores=image.outputs["scores"] * np.nan)
+    of_photos, of_generated = ("photos",), ("natural", "photos")
 
-    def judge(got, groups, *, quantised=True):
+    def judge(got, groups, ranges=of_photos):
         pairs = [image] * len(got), got
-        return gate_b("int8", *pairs, groups, LIMITS, 0.85, random=False, quantised=quantised)
+        return gate_b("int8", *pairs, groups, LIMITS, 0.85, random=False, ranges=ranges)
 
     check = judge([image, wrong, wrong], ("photos", "noise", "extremes"))
     assert (check.ok, check.images, check.matched) == (True, 3, 1.0)
-    assert "2 images that are no photos" in check.notes[0]
+    assert "2 images that are not photos lie outside" in check.notes[0]
     assert judge([image, wrong], ("photos", "natural")).ok
-    for groups in (("photos", "photos"), ("noise", "natural")):
-        assert not judge([image, wrong], groups).ok
-    assert not judge([image, wrong], ("photos", "noise"), quantised=False).ok
+    # Ranges of generated images are for such images; photos are judged whatever the ranges are of.
+    assert not judge([image, wrong], ("photos", "natural"), of_generated).ok
+    assert not judge([wrong, image], ("photos", "natural"), of_generated).ok
+    assert not judge([image, wrong], ("photos", "photos")).ok
+    assert not judge([image, wrong], ("photos", "noise"), None).ok
     assert "NaN or infinity in 1 of 1 images" in judge([image, broken], ("photos", "noise")).failures
+    nothing = judge([wrong, wrong], ("natural", "noise"))  # no photo to judge ranges of photos on
+    assert (nothing.ok, nothing.overlap, nothing.unproven) == (True, None, "nothing to match")
+    assert any("2 images that are not photos" in note for note in nothing.notes)
 
 
 def test_a_stage_of_which_only_outputs_are_seen_is_judged_by_them():
