@@ -154,7 +154,7 @@ def selection_rows(run: RunRecord) -> list[tuple[str, ...]]:
 def _selection_verdict(check: SelectionCheck) -> str:
     if not check.ok:
         return "FAIL: " + "; ".join(check.failures)
-    return "precision not proven (weights: random)" if check.random else "pass"
+    return f"precision not proven ({check.unproven})" if check.unproven else "pass"
 
 
 BATCH_COLUMNS = ("stage", "batch sizes", "alone", "permuted", "duplicated", "neighbour", "repeated", "verdict")
