@@ -68,7 +68,7 @@ class Chart:
     title: str
     sentence: str
     svg: Markup
-    legend: tuple[tuple[str, str], ...] = ()  # mark ("bar", "bar-before", "limit", "dot", "p50"), meaning
+    legend: tuple[tuple[str, str], ...] = ()  # mark ("bar", "bar-before", "limit", "dot", "dot-before", "p50"), meaning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

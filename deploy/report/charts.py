@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from markupsafe import Markup
 
@@ -33,13 +34,14 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """A labelled value on a logarithmic axis with the limit it was held against."""
+    """A labelled value on a logarithmic axis with the limit it was held against; ``before`` draws a paler dot."""
 
     label: str
     value: float
     text: str
     limit: float | None = None
     bad: bool = False
+    before: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,7 @@ def bars(slug: str, title: str, sentence: str, rows: Sequence[Bar]) -> Markup:
 
 def log_points(slug: str, title: str, sentence: str, rows: Sequence[Point]) -> Markup:
     """Draw values on a logarithmic axis, each with its limit; what is zero or not finite has words but no mark."""
-    shown = [v for r in rows for v in (r.value, r.limit) if v is not None and math.isfinite(v) and v > 0]
+    shown = [v for r in rows for v in (r.value, r.limit, r.before) if _has_a_place(v)]
     low = math.floor(math.log10(min(shown))) if shown else -1
     high = max(math.ceil(math.log10(max(shown))) if shown else 0, low + 1)
     height = len(rows) * _ROW
@@ -98,10 +100,15 @@ def log_points(slug: str, title: str, sentence: str, rows: Sequence[Point]) -> M
             over = Markup('<rect class="beyond" x="{:.2f}%" y="{}" width="{:.2f}%" height="10"/>')
             body.append(over.format(x(row.limit), y + 20, 100 - x(row.limit)))
             body.append(_tick("limit", x(row.limit), y + 18, y + 34))
-        if math.isfinite(row.value) and row.value > 0:
-            kind = "dot-bad" if row.bad else "dot"
-            body.append(Markup('<circle class="{}" cx="{:.2f}%" cy="{}" r="5.5"/>').format(kind, x(row.value), y + 25))
+        for kind, value in (("dot-before", row.before), ("dot-bad" if row.bad else "dot", row.value)):
+            if _has_a_place(value):
+                body.append(Markup('<circle class="{}" cx="{:.2f}%" cy="{}" r="5.5"/>').format(kind, x(value), y + 25))
     return _svg(slug, title, sentence, height + 22, body)
+
+
+def _has_a_place(value: float | None) -> TypeGuard[float]:
+    """Whether a logarithmic axis has a place for a value."""
+    return value is not None and math.isfinite(value) and value > 0
 
 
 def scatter(slug: str, title: str, sentence: str, spots: Sequence[Spot], unit: str) -> Markup:

@@ -27,21 +27,17 @@ def module_blocks(run: RunRecord) -> list[Block]:
 
 def _chart(found: Sequence[BoundaryError], run: RunRecord) -> Chart:
     most = sorted(found, key=_added, reverse=True)[: charts.MOST_BARS]
-    rows = [
-        charts.Bar(label=b.module, value=b.after, text=_text(b), before=b.before if math.isfinite(b.before) else None)
-        for b in found
-        if b in most
-    ]
+    rows = [charts.Point(label=b.module, value=b.after, text=_text(b), before=b.before) for b in found if b in most]
     shown = "" if len(rows) == len(found) else f"; the {len(rows)} of {len(found)} modules that add most"
     selects = bool(run.parity and run.parity.selection)
     behind = " Behind a selection of queries, rows may be other queries: a jump there says so." if selects else ""
     title = "Error by module"
     sentence = (
         "How far the activations that enter (pale) and leave a module are from those of the float32 graph on the same "
-        f"images: relative L2 distance, in the order of the network{shown}.{behind} {_BISECT}"
+        f"images: relative L2 distance on a logarithmic axis, in the order of the network{shown}.{behind} {_BISECT}"
     )
-    svg = charts.bars("chart-module-error", title, sentence, rows)
-    return Chart(title=title, sentence=sentence, svg=svg, legend=(("bar-before", "enters"), ("bar", "leaves")))
+    svg = charts.log_points("chart-module-error", title, sentence, rows)
+    return Chart(title=title, sentence=sentence, svg=svg, legend=(("dot-before", "enters"), ("dot", "leaves")))
 
 
 def _added(error: BoundaryError) -> float:
