@@ -100,11 +100,25 @@ def precision_of(subject, coco, tmp_path_factory):
     return score
 
 
-def judged(subject, graph):
+@pytest.fixture(scope="module")
+def change_of_precision(subject, precision_of):
+    """Give by how much a graph's AP50 or AP75, whichever moves more, is another than the right graph's."""
+    right = precision_of(subject[1])
+
+    def change(graph):
+        other = precision_of(graph)
+        return max(abs(other[name] - right[name]) for name in ("AP50", "AP75"))
+
+    return change
+
+
+def judged(subject, graph, precision=Precision.FP32):
     loaded, right, inputs, limits = subject
     model = SelectingModel(loaded, loaded.system.selection)
-    file = SelectingFile(stage="spoilt", precision=Precision.FP32, load=lambda: graph)
-    (check,) = check_selection(model, right, [file], inputs, lambda p: open_model(p, OPTIONS), limits, random=False)
+    file = SelectingFile(stage="spoilt", precision=precision, load=lambda: graph)
+    (check,) = check_selection(
+        model, right, [file], inputs, lambda p: open_model(p, OPTIONS), limits, random=False, ranges=("photos",)
+    )
     return check
 
 
@@ -113,15 +127,24 @@ def other_axis_first(table):
     return np.concatenate(np.split(table, 2, axis=1)[::-1], axis=1)
 
 
+def with_earlier_head(graph, loaded):
+    """Take the class head of the first layer, which a checkpoint holds as well, in place of the last one's."""
+    head = loaded.reference.decoder.dec_score_head[0]
+    graph = with_constant(graph, "decoder.score_head.bias", lambda _: head.bias.detach().numpy())
+    return with_constant(graph, "decoder.score_head/MatMul.input1", lambda _: head.weight.detach().numpy().T)
+
+
 FAULTS = {
-    "border padding": lambda g: with_attribute(g, "GridSample", padding_mode="border"),
-    "aligned corners": lambda g: with_attribute(g, "GridSample", align_corners=1),
-    "no position embedding": lambda g: with_constant(g, "encoder.position", np.zeros_like),
-    "position embedding swapped": lambda g: with_constant(g, "encoder.position", other_axis_first),
-    "epsilon of norms 1e-3": lambda g: with_attribute(g, "LayerNormalization", epsilon=1e-3),
-    "wrong class head": lambda g: with_constant(g, "decoder.score_head.bias", lambda b: np.roll(b, 1)),
+    "border padding": lambda g, _: with_attribute(g, "GridSample", padding_mode="border"),
+    "aligned corners": lambda g, _: with_attribute(g, "GridSample", align_corners=1),
+    "no position embedding": lambda g, _: with_constant(g, "encoder.position", np.zeros_like),
+    "position embedding swapped": lambda g, _: with_constant(g, "encoder.position", other_axis_first),
+    "epsilon of norms 1e-3": lambda g, _: with_attribute(g, "LayerNormalization", epsilon=1e-3),
+    "another layer's class head": with_earlier_head,
 }
-UNSEEN_BY_PRECISION = {"position embedding swapped", "epsilon of norms 1e-3"}
+# Sampling beside the mark and the wrong head lose what average precision counts; the others it does not see.
+SEEN_BY_PRECISION = {"aligned corners", "another layer's class head"}
+UNSEEN = 0.002  # of AP50 and AP75: what FP16 may lose
 
 
 def test_gate_a_holds_for_the_graph_that_is_shipped(subject, bundles):
@@ -135,16 +158,25 @@ def test_gate_a_holds_for_the_graph_that_is_shipped(subject, bundles):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_gate_a_catches(subject, precision_of, fault):
-    """Negative controls; of some of them average precision and matched detections show nothing at all."""
-    spoilt = FAULTS[fault](subject[1])
+def test_gate_a_catches(subject, change_of_precision, fault):
+    """Negative controls; most of them average precision alone would let through."""
+    spoilt = FAULTS[fault](subject[1], subject[0])
     check = judged(subject, spoilt)
     assert not check.ok
     assert "logits of the same position" in check.failures[0]
-    if fault in UNSEEN_BY_PRECISION:
-        assert check.matched == 1
-        right, wrong = precision_of(subject[1]), precision_of(spoilt)
-        assert [wrong[name] for name in ("AP50", "AP75")] == pytest.approx([right["AP50"], right["AP75"]], abs=0.002)
+    change = change_of_precision(spoilt)
+    if fault in SEEN_BY_PRECISION:
+        assert change > 0.05
+    else:
+        assert change <= UNSEEN
+        assert check.matched >= 0.95
+
+
+def test_average_precision_does_not_see_the_other_gelu(subject, change_of_precision):
+    """Nor does gate A on this detector, whose logits it hardly moves; on r18 it does (``test_rtdetr_graphs.py``)."""
+    spoilt = with_attribute(subject[1], "Gelu", approximate="tanh")
+    assert change_of_precision(spoilt) <= UNSEEN
+    assert judged(subject, spoilt).ok
 
 
 def test_a_query_that_is_swapped_away_from_the_cut_fails_gate_a(subject):
@@ -204,30 +236,33 @@ def leaking(graph, kind):
     return copy
 
 
-def suite(subject, graph, folder, batch, backend="onnxruntime"):
+def suite(subject, graph, folder, batch, backend="onnxruntime", precision=Precision.FP32):
     loaded, _, inputs, limits = subject
     path = folder / "graph.onnx"
     save_model(graph, path)
     if backend == "openvino":
         options = dataclasses.replace(OPTIONS, batch=batch, inputs=loaded.inputs)
         (engine,) = OPENVINO.build(path, folder, options)
-        candidate = Candidate(
-            stage="graph", precision=Precision.FP32, open=lambda: OPENVINO.open(engine, folder, options)
-        )
+        candidate = Candidate(stage="graph", precision=precision, open=lambda: OPENVINO.open(engine, folder, options))
     else:
-        candidate = Candidate(stage="graph", precision=Precision.FP32, open=lambda: open_model(path, OPTIONS))
+        candidate = Candidate(stage="graph", precision=precision, open=lambda: open_model(path, OPTIONS))
     return check_batches([candidate], inputs, batch, limits, task="detection")
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_rows_leave_each_other_alone_at_every_batch_size(subject, tmp_path, backend):
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [("onnxruntime", Precision.FP32), ("onnxruntime", Precision.FP16), ("openvino", Precision.FP32)],
+)
+def test_rows_leave_each_other_alone_at_every_batch_size(subject, bundles, tmp_path, backend, precision):
     if backend == "openvino":
         pytest.importorskip("openvino", reason="openvino is not installed")
+    bundle = bundles / precision.value
+    graph = load_model(bundle / read_manifest(bundle).engines[0].artifact.name)
     for batch, sizes in (
         (Batch(min=1, opt=2, max=8), (1, 2, 5, 8)),
         (Batch(min=1, opt=4, max=8), (1, 4, 7, 8)),
     ):
-        record = suite(subject, subject[1], tmp_path, batch, backend)
+        record = suite(subject, graph, tmp_path, batch, backend, precision)
         assert record.sizes == sizes
         assert record.ok
         assert {c.check for c in record.checks} == {"alone", "permuted", "duplicated", "neighbour", "repeated"}
@@ -281,7 +316,7 @@ def test_eval_fails_where_the_engine_lost_more_than_allowed(bundles, coco, subje
     shutil.copytree(bundles / "fp32", bundle)
     run = read_manifest(bundle)
     artifact = run.engines[0].artifact
-    save_model(FAULTS["aligned corners"](subject[1]), bundle / artifact.name)
+    save_model(FAULTS["aligned corners"](subject[1], subject[0]), bundle / artifact.name)
     data = (bundle / artifact.name).read_bytes()
     other = Artifact(name=artifact.name, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
     text = json.dumps(to_json(run)).replace(artifact.sha256, other.sha256)
