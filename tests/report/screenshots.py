@@ -25,7 +25,7 @@ def main() -> None:
         bundle = Path(folder) / "shapes-fp16"
         done = effdeploy(
             "export", RECIPE, "--weights", WEIGHTS, "--images", photos, "--fp16", "--baseline", "eager,naive",
-            "--seconds", 3, "--out", bundle,
+            "--seconds", 3, "--no-reuse", "--out", bundle,
         )  # fmt: skip
         assert done.exit_code == 0, done.stdout + done.stderr
         page.open(bundle / "report.html", DESKTOP)
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def _shoot(page: Page, name: str, first: str, behind: str, scale: float) -> None:
-    """Write what is seen from the top of one element to the top of another, in few colours: it is read, not printed."""
+    """Write what is seen from the top of one element to the top of another, in 256 colours."""
     top, bottom = (
         page.evaluate(f'document.querySelector("{element}").getBoundingClientRect().top') for element in (first, behind)
     )
@@ -44,7 +44,7 @@ def _shoot(page: Page, name: str, first: str, behind: str, scale: float) -> None
     page.screenshot(path, {"x": 0, "y": max(0, top - 6), "width": width, "height": bottom - top})
     with Image.open(path) as taken:
         small = taken.convert("RGB").resize((round(scale * taken.width), round(scale * taken.height)), Image.LANCZOS)
-    small.quantize(128).save(path, optimize=True)
+    small.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":
