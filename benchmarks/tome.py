@@ -53,11 +53,11 @@ class Drop(nn.Module):
         super().__init__()
         self.keep = keep
 
-    def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, image: Tensor) -> Any:
+    def forward(self, x: Tensor, size: Tensor | None, metric: Tensor, image: Tensor) -> Any:
         """Keep tokens, rows [N*T,C], as if they were merged."""
-        if len(keys) == 1:
+        if len(metric) == 1:
             return x[: self.keep], None, ()
-        return x.reshape(len(keys), -1, x.shape[1])[:, : self.keep].reshape(-1, x.shape[1]), None, ()
+        return x.reshape(len(metric), -1, x.shape[1])[:, : self.keep].reshape(-1, x.shape[1]), None, ()
 
 
 def load(variant: str, r: int, target: Target, depth: int = 0) -> Loaded:

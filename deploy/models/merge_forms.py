@@ -60,8 +60,6 @@ class RowPlan(nn.Module):
     are cut off.
     """
 
-    heads = 1  # axis of the keys
-
     def __init__(self, sides: Sides, r: int) -> None:
         super().__init__()
         self.sides, self.r = sides, r
@@ -72,33 +70,42 @@ class RowPlan(nn.Module):
         self.ranks = nn.Buffer(ranks, persistent=False)
         self.fixed = nn.Buffer(torch.arange(sides.b, tokens, 2), persistent=False)
 
-    def forward(self, keys: Tensor, image: Tensor) -> Plan:
+    @staticmethod
+    def given(keys: Tensor) -> Tensor:
+        """Return what ``forward`` takes of keys [N,heads,T,d]."""
+        return keys.sum(1)
+
+    @staticmethod
+    def metric(given: Tensor) -> Tensor:
+        """Return the tokens' keys [N,T,d], up to a factor, from what ``forward`` takes."""
+        return given
+
+    def forward(self, metric: Tensor, image: Tensor) -> Plan:
         """Choose.
 
         Args:
-            keys: [N,heads,T,d].
+            metric: Keys summed over the heads [N,T,d]; the norm takes away what a mean would divide by.
             image: int64 [N,1]: 0 to N-1.
 
         Returns:
             int64: rows that stay, in their new order [N,T-r], rows that are merged away [N,r], and the receivers of
             the latter, counted from the first of B [N,r]. Rows are those of the batch, [N*T].
         """
-        one, sides = keys.shape[0] == 1, self.sides
-        metric = keys.sum(1)  # the norm takes away what a mean would divide by
+        batch, sides = metric.shape[0], self.sides
         metric = metric / metric.norm(dim=-1, keepdim=True)
         scores = metric[:, sides.a :: 2] @ metric[:, sides.b :: 2].transpose(1, 2)
         best, receiver = scores.amax(-1), scores.argmax(-1)
         if sides.sort:
             merged = best.topk(self.r).indices
             gone = merged * 2 + sides.a
-            stay = self._sorted(gone, keys.shape[0])
+            stay = self._sorted(gone, batch)
         else:
             ranked = best.topk(sides.proposers).indices
             merged = ranked[:, : self.r]
             gone, kept = merged * 2, ranked[:, self.r :] * 2
-            stay = torch.cat((kept, self.fixed.expand(keys.shape[0], -1)), -1)
+            stay = torch.cat((kept, self.fixed.expand(batch, -1)), -1)
         receiver = receiver.gather(-1, merged)
-        if one:
+        if batch == 1:
             return stay, gone, receiver
         start = image * sides.tokens
         return stay + start, gone + start, receiver
@@ -121,21 +128,21 @@ class RowMerge(nn.Module):
         self.count = sides.tokens - r
         self.before = self.count - sides.receivers
 
-    def forward(self, x: Tensor, size: Tensor | None, keys: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Plan]:
+    def forward(self, x: Tensor, size: Tensor | None, metric: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Plan]:
         """Merge.
 
         Args:
             x: Tokens [N*T,C].
             size: [N*T,1], or ``None`` for ones.
-            keys: [N,heads,T,d].
+            metric: Keys summed over the heads [N,T,d].
             image: int64 [N,1]: 0 to N-1.
 
         Returns:
             Tokens [N*(T-r),C], their sizes [N*(T-r),1], and the plan.
         """
-        stay, gone, receiver = plan = self.plan(keys, image)
+        stay, gone, receiver = plan = self.plan(metric, image)
         at = receiver + self.before
-        at = at if keys.shape[0] == 1 else at + image * self.count
+        at = at if metric.shape[0] == 1 else at + image * self.count
         stay = stay.flatten()
         same = (receiver[..., None] == receiver[:, None]).to(x.dtype)
         kept = rows(x, stay)
@@ -174,8 +181,6 @@ class MatrixPlan(nn.Module):
     proposes nor receives, and has no place.
     """
 
-    heads = 2  # axis of the keys
-
     def __init__(self, sides: Sides, r: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.r, self.sides, self.sort = r, sides, sides.sort
@@ -204,6 +209,16 @@ class MatrixPlan(nn.Module):
         """Pad [N,T,C] to the tokens of the matrices."""
         return functional.pad(x, (0, 0, 0, self.padding), value=value) if self.padding else x
 
+    @staticmethod
+    def given(keys: Tensor) -> Tensor:
+        """Return what ``forward`` takes of keys [N,heads,T,d]."""
+        return keys.transpose(1, 2)
+
+    @staticmethod
+    def metric(given: Tensor) -> Tensor:
+        """Return the tokens' keys [N,T,d], up to a factor, from what ``forward`` takes."""
+        return given.mean(2)
+
     def forward(self, keys: Tensor, size: Tensor | None) -> Plan:
         """Choose.
 
@@ -214,7 +229,7 @@ class MatrixPlan(nn.Module):
         Returns:
             Weights [N,T-r,P], new sizes [N,T-r,1], places [N,P] for P tokens, T of them and the padding.
         """
-        metric = self.pad(keys.mean(2), 1)
+        metric = self.pad(self.metric(keys), 1)
         metric = metric / metric.norm(dim=-1, keepdim=True)
         scores = metric @ metric.transpose(1, 2) + self.mask
         best = scores.amax(2)

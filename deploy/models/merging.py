@@ -50,7 +50,7 @@ def flips(plan: nn.Module, inputs: Outputs, expected: Outputs, got: Outputs) -> 
     """Count proposals that are decided otherwise, and how much the plan's own scores preferred its decision."""
     known = cast(Any, plan)
     sides, r = known.sides, known.r
-    metric = inputs[0].mean(known.heads)
+    metric = known.metric(inputs[0])
     metric = metric / metric.norm(dim=-1, keepdim=True)
     scores = metric[:, sides.a :: 2] @ metric[:, sides.b :: 2].transpose(1, 2)
     best = scores.amax(-1)
@@ -117,7 +117,7 @@ def follow(
         index = len(own)
         if index == len(plans):  # a last block that only the class token leaves, so that its graph merges nothing there
             return cast(Tensor, mine)
-        given.append((keys if cast(Any, plans[index]).heads == 1 else keys.transpose(1, 2),))
+        given.append((cast(Any, plans[index]).given(keys),))
         own.append((mine,))
         taken = mine if chosen is None else places_of(plans[index], chosen[index])
         return cast(Tensor, taken.clamp(0, sides.tokens - r - 1))

@@ -249,9 +249,9 @@ class DeployToMe(nn.Module):
         size, groups = cast("Tensor | None", None), []
         x = x.flatten(0, 1) if self.rows else x
         for block, merging in zip(self.blocks, self.merges, strict=True):
-            x, keys = self._attend(block, x, size if self.prop_attn else None, batch)
+            x, metric = self._attend(block, x, size if self.prop_attn else None, batch)
             if not isinstance(merging, nn.Identity):
-                x, size, plan = merging(x, size, keys, image)
+                x, size, plan = merging(x, size, metric, image)
                 if self.groups:
                     group = cast("RowMerge | MatrixMerge", merging).places(plan, batch).gather(1, group)
             x = cast(RowBlock, block).feed(x, batch) if self.rows else cast(vit.DeployBlock, block).feed(x)
@@ -291,7 +291,7 @@ def extra_outputs(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 def keep_fp32(options: Mapping[str, Any]) -> tuple[str, ...]:
     """Return which nodes stay float32: the choice of what is merged, where rounding makes ties."""
-    return (r"^merges\.\d+\.plan/",) if any(_asked(options)) else ()
+    return (r"^(merges\.\d+\.plan|blocks\.\d+\.metric)/",) if any(_asked(options)) else ()
 
 
 def _variant(name: str, architecture: Mapping[str, Any]) -> Variant:
@@ -333,7 +333,7 @@ SYSTEM = System(
     # Cosine of the logits (tiny, random weights, 8 images): 0.99953 with the head in INT8, 0.99968 without.
     keep_high=lambda options: {
         r"^head": "head: hardly any work, 32 % of the error",
-        r"^merges\.": "merging: rounded similarities and counts merge other tokens",
+        r"^merges\.|^blocks\.\d+\.metric/": "merging: rounded similarities and counts merge other tokens",
     },
     stride="patch",
     adapt=vit.adapt,

@@ -150,15 +150,16 @@ def test_either_verdict_is_that_of_the_run(exported):
 def test_margins_are_those_of_the_scores(sort):
     plan = merge_forms.RowPlan(merge_forms.Sides(tokens=9, protected=int(sort), sort=sort), 2)
     keys = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
-    chosen = plan(keys, torch.zeros(1, 1, dtype=torch.int64))
-    count, margin = merging.flips(plan, (keys,), chosen, chosen)
+    metric = plan.given(keys)
+    chosen = plan(metric, torch.zeros(1, 1, dtype=torch.int64))
+    count, margin = merging.flips(plan, (metric,), chosen, chosen)
     assert (int(count), float(margin)) == (0, 0.0)
 
-    metric = keys.mean(1) / keys.mean(1).norm(dim=-1, keepdim=True)
-    scores = (metric[:, plan.sides.a :: 2] @ metric[:, plan.sides.b :: 2].transpose(1, 2))[0]
+    unit = keys.mean(1) / keys.mean(1).norm(dim=-1, keepdim=True)
+    scores = (unit[:, plan.sides.a :: 2] @ unit[:, plan.sides.b :: 2].transpose(1, 2))[0]
     stay, merged, receiver = chosen
     other = (receiver + 1) % scores.shape[1]
-    count, margin = merging.flips(plan, (keys,), chosen, (stay, merged, other))
+    count, margin = merging.flips(plan, (metric,), chosen, (stay, merged, other))
     first = (merged[0] - plan.sides.a) // 2
     expected = (scores[first, receiver[0]] - scores[first, other[0]]).max()
     assert int(count) == 2
@@ -169,10 +170,11 @@ def test_margins_are_those_of_the_scores(sort):
 def test_what_is_no_merge_is_infinitely_wrong(lost):
     plan = merge_forms.RowPlan(merge_forms.Sides(tokens=9, protected=1, sort=True), 2)
     keys = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
-    stay, merged, receiver = plan(keys, torch.zeros(1, 1, dtype=torch.int64))
+    metric = plan.given(keys)
+    stay, merged, receiver = plan(metric, torch.zeros(1, 1, dtype=torch.int64))
     wrong = merged.clone()
     wrong[0, 0] = lost
-    assert float(merging.flips(plan, (keys,), (stay, merged, receiver), (stay, wrong, receiver))[1]) == float("inf")
+    assert float(merging.flips(plan, (metric,), (stay, merged, receiver), (stay, wrong, receiver))[1]) == float("inf")
 
 
 def test_shares_compare_partitions_and_not_names():
