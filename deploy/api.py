@@ -11,6 +11,7 @@ A keyword is the option's name with underscores; where that is a word of Python,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,8 @@ def export(
         size: ``224``, ``"384x512"`` or ``(384, 512)``: height, then width.
         batch: ``4``, or ``"1:8:32"``: smallest, tuned for, largest.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"fp8"``; the command line has a flag for each.
-        backend: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt_rtx"`` or ``"tensorrt"``.
+        backend: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt_rtx"``, ``"tensorrt"``, or ``"auto"``: the fastest of
+            the CPU's that is within the tolerances, by measurement.
         target: Lower the graph for ``"onnxruntime"`` or ``"tensorrt"``.
         sm: Ahead-of-time targets, e.g. ``(80, 89)`` or ``"80,89"``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
@@ -118,22 +120,31 @@ def export(
         BudgetError: No choice of modules meets the budget.
         EffdeployError: Any other stage failed; nothing is left behind.
     """
+    from deploy.backends import AUTO
     from deploy.pipeline import run
 
-    recipe = recipe_of(
-        system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
-        target=target, sm=sm, device=device, images=images, calib=calib, calib_method=calib_method, baseline=baseline,
+    asked = partial(
+        recipe_of, system, variant=variant, weights=weights, size=size, batch=batch, precision=precision,
+        target=target, sm=sm, images=images, calib=calib, calib_method=calib_method, baseline=baseline,
         seconds=seconds, threads=threads, set_=set_, verify_each=verify_each, embed_preprocess=embed_preprocess,
         labels=labels,
     )  # fmt: skip
+    recipe, choice = asked(backend=backend, device=device), None
     first, last, folder = road_of(recipe, from_, until, out)
     console = console_or_silence(console)
-    console.steps = 0 if budget else last.order + 1
+    automatic = recipe.engine.backend == AUTO
+    console.steps = 0 if budget or automatic else last.order + 1
+    if automatic:
+        from deploy.fastest import choose_backend, contenders, rest_of
+
+        recipes = contenders(asked, device, last, budget)
+        choice = choose_backend(recipes, console, start=first, reuse=reuse)
+        recipe, first, reuse = recipes[choice.backend], rest_of(first, reuse), True
     if budget is not None:
         from deploy.budgeting import Budget, recipe_within
 
         recipe = recipe_within(recipe, Budget.parse(budget), folder, console, reuse=reuse)
-    return run(recipe, folder, until=last, start=first, reuse=reuse, console=console)
+    return run(recipe, folder, until=last, start=first, reuse=reuse, choice=choice, console=console)
 
 
 def plan(
@@ -178,17 +189,23 @@ def plan(
     Raises:
         EffdeployError: Whatever the export itself would raise for this input before its first stage.
     """
+    from deploy.backends import AUTO
     from deploy.budgets import Budget
     from deploy.planning import plan_export, show
 
-    recipe = recipe_of(
-        system, variant=variant, weights=weights, size=size, batch=batch, precision=precision, backend=backend,
-        target=target, sm=sm, device=device, images=images, calib=calib, calib_method=calib_method, baseline=baseline,
+    asked = partial(
+        recipe_of, system, variant=variant, weights=weights, size=size, batch=batch, precision=precision,
+        target=target, sm=sm, images=images, calib=calib, calib_method=calib_method, baseline=baseline,
         seconds=seconds, threads=threads, set_=set_, verify_each=verify_each, embed_preprocess=embed_preprocess,
         labels=labels,
     )  # fmt: skip
+    recipe = asked(backend=backend, device=device)
     first, last, folder = road_of(recipe, from_, until, out)
     console = console_or_silence(console)
+    if recipe.engine.backend == AUTO:
+        from deploy.fastest import contenders, first_of
+
+        recipe = first_of(contenders(asked, device, last, budget), console)
     if budget is not None:
         Budget.parse(budget).refuse_precision(recipe.precision)
     planned = plan_export(recipe, folder, until=last, start=first, reuse=reuse, console=console)

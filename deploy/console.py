@@ -219,6 +219,8 @@ class Console:
         self._fact("precision", summary.precision_asked(run))
         for name, statement, ok in summary.precision_ran(run):
             self._fact("", f"{name}: {'' if ok else 'FAIL: '}{statement}", "" if ok else "bad")
+        for number, (name, text) in enumerate(summary.choice_rows(run)):
+            self._fact("" if number else name, f"{name}: {text}" if number else text)
         if rows := summary.parity_rows(run):
             self._write_table(
                 "parity against fp32 PyTorch", ("stage", "max relative", "cosine", "top-1", "verdict"), rows
@@ -369,6 +371,24 @@ class Console:
             yield lambda items: live.advance(task, items)
         finally:
             live.remove_task(task)
+
+
+class Inside(Console):
+    """Shows the progress bars and warnings of what runs inside a step of another console, and nothing else."""
+
+    def __init__(self, outer: Console) -> None:
+        super().__init__(Mode.SILENT)
+        self._outer = outer
+
+    @contextlib.contextmanager
+    def progress(self, total: int, title: str) -> Iterator[Callable[[int], None]]:
+        """Show how far a long step is."""
+        with self._outer.progress(total, title) as advance:
+            yield advance
+
+    def warn(self, message: str) -> None:
+        """Show a warning."""
+        self._outer.warn(message)
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -36,6 +36,7 @@ from deploy.preprocess import find_images
 from deploy.recipe import Recipe
 from deploy.records import (
     SCHEMA_VERSION,
+    BackendChoice,
     BenchRecord,
     ModelRecord,
     ParityRecord,
@@ -63,6 +64,7 @@ def run(
     until: Stage = Stage.REPORT,
     start: Stage | None = None,
     reuse: bool = True,
+    choice: BackendChoice | None = None,
     console: Console | None = None,
 ) -> RunRecord:
     """Take a recipe to a bundle at ``out``; the folder appears whole or not at all.
@@ -73,6 +75,7 @@ def run(
         until: Last stage to run.
         start: Stages from here on are made again even where an earlier run made the same; ``None``: none are.
         reuse: False: every stage is made again.
+        choice: Why the recipe's backend is what it is, where it was chosen (``deploy.fastest``).
         console: Where progress goes; nowhere when left out.
 
     Raises:
@@ -103,7 +106,7 @@ def run(
             schema_version=SCHEMA_VERSION, effdeploy=__version__, name=out.name, created=now(), until=until, ok=ok,
             verdict=verdict, recipe=recipe.to_data(), environment=environment(),
             model=dataclasses.replace(_needed(model), drift=drift), trace=traced, passes=patched, precision=typed,
-            engines=engines, parity=parity, bench=latency, origins=road.origins(),
+            engines=engines, parity=parity, bench=latency, origins=road.origins(), choice=choice,
             stage_seconds={**road.seconds(), "total": time.perf_counter() - begin},
         )  # fmt: skip
         return road.finish(record, out)

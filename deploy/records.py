@@ -380,6 +380,33 @@ class BenchRecord:
 
 
 @record
+class BackendTried:
+    """What ``--backend auto`` found of one backend.
+
+    ``reason`` says why it could not be taken, and is empty where it could; ``used`` is the share of ``limit``, the
+    tightest of the tolerance, that it used up (1 is the limit itself). ``None``: not compared, not timed.
+    """
+
+    backend: str
+    version: str
+    ok: bool
+    reason: str
+    used: float | None = None
+    limit: str = ""
+    milliseconds: float | None = None  # p50 of one batch, in turns with the others
+    interval: tuple[float, float] | None = None  # of 95 %, of p50
+
+
+@record
+class BackendChoice:
+    """The backend that ``--backend auto`` took, why, and what it was taken from."""
+
+    backend: str
+    reason: str
+    tried: tuple[BackendTried, ...]
+
+
+@record
 class Environment:
     """The machine and the versions. Never holds a path or a host name."""
 
@@ -426,3 +453,4 @@ class RunRecord:
     bench: BenchRecord | None = None
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, StageOrigin] = field(default_factory=dict)  # stage -> where its result comes from
+    choice: BackendChoice | None = None  # of --backend auto

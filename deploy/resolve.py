@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploy import units
-from deploy.backends import BACKENDS
+from deploy.backends import AUTO, BACKENDS
 from deploy.backends.base import Feeds
 from deploy.backends.gpu import first_gpu
 from deploy.bench import BenchOptions
@@ -86,7 +86,7 @@ def _qualified(system: System, assignments: Sequence[str]) -> list[str]:
 def _mistakes(system: System, merged: Mapping[str, Any]) -> Iterator[Mistake]:
     """Find what only systems and backends know: unknown backends and options, sizes that the stride does not divide."""
     backend = merged.get("engine", {}).get("backend") if isinstance(merged.get("engine"), Mapping) else None
-    if isinstance(backend, str) and backend not in BACKENDS:
+    if isinstance(backend, str) and backend not in (*BACKENDS, AUTO):
         text = f"unknown backend {backend!r}; {did_you_mean(backend, BACKENDS)}"
         yield Mistake(keys=("engine", "backend"), text=text, kind=UnknownNameError)
     from deploy.models.base import check_size  # here, because it brings PyTorch, which a remembered recipe can spare

@@ -87,7 +87,7 @@ class QuantizationSection(Section):
 class EngineSection(Section):
     """Which runtime builds the engine, and how. CPU threads are ``bench.threads``: what is timed is what was built."""
 
-    backend: str = Field("onnxruntime", description="onnxruntime, openvino, tensorrt or tensorrt_rtx")
+    backend: str = Field("onnxruntime", description="onnxruntime, openvino, tensorrt, tensorrt_rtx, or auto for a CPU")
     sm: tuple[int, ...] = Field((), description="CUDA compute capabilities for ahead-of-time builds, e.g. [80, 89]")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where ONNX Runtime runs; auto: CUDA if usable")
     level: int = Field(3, ge=0, le=5, description="TensorRT builder optimisation level")
@@ -107,7 +107,7 @@ class EngineSection(Section):
     def _sm_fits(self) -> EngineSection:
         if len(set(self.sm)) < len(self.sm):
             raise ValueError(f"sm: got {list(self.sm)}, expected each capability once")
-        if self.sm and self.backend in ("onnxruntime", "openvino"):
+        if self.sm and self.backend in ("onnxruntime", "openvino", "auto"):
             raise ValueError(f"sm: {self.backend} builds for no compute capability; add --backend tensorrt_rtx")
         return self
 

@@ -73,6 +73,18 @@ def engine_name(engine: EngineRecord) -> str:
     return f"{engine.backend} on {engine.device}"
 
 
+def choice_rows(run: RunRecord) -> list[tuple[str, str]]:
+    """Return what ``--backend auto`` took and why, and the figures of each backend that it tried."""
+    if run.choice is None:
+        return []
+    rows = [("backend", run.choice.reason)]
+    for one in run.choice.tried:
+        time = units.milliseconds(one.milliseconds) if one.milliseconds is not None else "not timed"
+        limit = f"; {one.limit}, {units.percent(one.used)} used" if one.used is not None else ""
+        rows.append((f"{one.backend} {one.version}".strip(), f"{time}{limit}{'; ' if one.reason else ''}{one.reason}"))
+    return rows
+
+
 def worst(comparisons: tuple[Comparison, ...]) -> Comparison | None:
     """Return the comparison with the largest relative error; NaN counts as the worst of all."""
     return max(comparisons, key=lambda c: math.inf if math.isnan(c.max_relative) else c.max_relative, default=None)

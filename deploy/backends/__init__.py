@@ -7,6 +7,8 @@ import importlib
 from deploy.backends.base import Backend
 from deploy.errors import UnknownNameError, did_you_mean
 
+AUTO = "auto"  # no backend: ``export`` measures those of the CPU and takes the fastest (deploy.fastest)
+
 # name -> module with one constant BACKEND
 BACKENDS = {
     "onnxruntime": "deploy.backends.onnxruntime",
@@ -22,6 +24,10 @@ def load_backend(name: str) -> Backend:
     Raises:
         UnknownNameError: no backend of that name.
     """
+    if name == AUTO:
+        raise UnknownNameError(
+            f"backend {AUTO!r} is chosen by measurement, which only export does", hint=f"one of {', '.join(BACKENDS)}"
+        )
     if name not in BACKENDS:
         raise UnknownNameError(
             f"unknown backend {name!r}; {did_you_mean(name, BACKENDS)}", hint="--backend onnxruntime"

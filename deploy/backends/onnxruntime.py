@@ -96,9 +96,10 @@ class OnnxRuntimeBackend:
         """Refuse what only TensorRT has.
 
         Raises:
-            BackendUnavailableError: several profiles, compatibility levels, refitting or stripping were asked for.
+            BackendUnavailableError: FP8, BF16 on the CPU, several profiles, compatibility levels, refitting or
+                stripping were asked for.
         """
-        if options.precision is Precision.FP8:
+        if options.precision is Precision.FP8 or options.device == "cpu":
             _refuse_untakeable(options, "cpu")
         if names := options.for_builders:
             raise BackendUnavailableError(

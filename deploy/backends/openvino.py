@@ -27,6 +27,7 @@ from deploy.backends.base import Array, BuildOptions, DeviceTimer, Feeds
 from deploy.backends.feeds import check_feeds, example_feeds
 from deploy.backends.loading import engine_file
 from deploy.backends.openvino_kernels import audit_kernels, kernels_of, products_by_name, time_by_node
+from deploy.backends.openvino_trial import survive
 from deploy.cpu import CPU_FEATURES, cpu_flags, usable_threads
 from deploy.errors import BackendUnavailableError, EngineBuildError, SizeError
 from deploy.records import Batch, EngineRecord, Precision, Target, TensorSpec
@@ -113,16 +114,17 @@ class OpenVinoBackend:
             raise BackendUnavailableError(reason, hint=_WAYS_OUT.get(options.precision, "--int8 or --fp32 here"))
 
     def build(self, model: Path, folder: Path, options: BuildOptions) -> tuple[EngineRecord, ...]:
-        """Compile ``model``, run it once and audit its kernels.
+        """Compile ``model``, run it once and audit its kernels; first in a child, which may crash.
 
         Raises:
             BackendUnavailableError: no OpenVINO, or ``check`` refuses.
-            EngineBuildError: OpenVINO refuses the graph or fails in its first run.
+            EngineBuildError: OpenVINO refuses the graph, or fails or crashes in its first run.
             PrecisionAuditError: the graph or the kernels do not have the asked precision.
         """
         runtime = self._require()
         self.check(options)
         graph = graph_types(model)
+        survive(model, (options.batch.min, options.batch.max), _settings(options, counted=True))
         start = time.perf_counter()
         compiled, _ = _compiled(runtime, model, options, counted=True)
         seconds = time.perf_counter() - start
@@ -303,14 +305,6 @@ def _compiled(
     Returns:
         The network, and its outputs' names in the file: compiled, it calls them by any tensor merged into them.
     """
-    settings = {
-        "INFERENCE_PRECISION_HINT": HINTS[options.precision],
-        "NUM_STREAMS": "1",
-        "ENABLE_CPU_PINNING": "NO",  # cores are the container's or the user's to choose
-        "PERF_COUNT": "YES" if counted else "NO",
-    }
-    if threads := usable_threads(options.threads):
-        settings["INFERENCE_NUM_THREADS"] = str(threads)
     with _translated(f"read {model.name}"):
         core = runtime.Core()
         network = core.read_model(model)
@@ -320,7 +314,19 @@ def _compiled(
     with _translated(f"compile {model.name}"):
         if free:
             network.reshape({port: _ranged(runtime, shape, options.batch) for port, shape in free.items()})
-        return core.compile_model(network, DEVICE, settings), outputs
+        return core.compile_model(network, DEVICE, _settings(options, counted=counted)), outputs
+
+
+def _settings(options: BuildOptions, *, counted: bool) -> dict[str, str]:
+    settings = {
+        "INFERENCE_PRECISION_HINT": HINTS[options.precision],
+        "NUM_STREAMS": "1",
+        "ENABLE_CPU_PINNING": "NO",  # cores are the container's or the user's to choose
+        "PERF_COUNT": "YES" if counted else "NO",
+    }
+    if threads := usable_threads(options.threads):
+        settings["INFERENCE_NUM_THREADS"] = str(threads)
+    return settings
 
 
 def _require_batch_axis(shapes: dict[str, Any]) -> None:

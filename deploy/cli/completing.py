@@ -55,6 +55,11 @@ def backends(incomplete: str) -> list[str]:
     return _starting(("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"), incomplete)
 
 
+def export_backends(incomplete: str) -> list[str]:
+    """Complete a backend, or how it is chosen."""
+    return [*backends(incomplete), *_starting(("auto",), incomplete)]
+
+
 def goals(incomplete: str) -> list[str]:
     """Complete what a file can be linted for."""
     return _starting(("tensorrt==11.4", "tensorrt==10.16", "tensorrt_rtx", "onnxruntime"), incomplete)
@@ -71,7 +76,7 @@ def assignments(incomplete: str) -> list[str]:
     values = {
         "precision": [precision.value for precision in Precision],
         "target": targets(""),
-        "engine.backend": backends(""),
+        "engine.backend": export_backends(""),
         "engine.device": devices(""),
     }
     key, equals, start = incomplete.partition("=")

@@ -50,7 +50,10 @@ def export(
     ] = None,
     backend: Annotated[
         str | None,
-        typer.Option(help="onnxruntime, openvino, tensorrt_rtx or tensorrt.", autocompletion=completing.backends),
+        typer.Option(
+            help="onnxruntime, openvino, tensorrt_rtx, tensorrt; auto: of the CPU's, the fastest here.",
+            autocompletion=completing.export_backends,
+        ),
     ] = None,
     target: Annotated[
         str | None,

@@ -36,6 +36,7 @@ def asked_and_ran(run: RunRecord) -> Section:
             Cell(text=run.precision.precision.value if run.precision else summary.why_missing(run, "precision")),
         ),
         ("images", Cell(text=_images(run))),
+        *((name, Cell(text=text)) for name, text in summary.choice_rows(run)),
         ("graph lowered for", Cell(text=run.passes.target.value if run.passes else summary.why_missing(run, "passes"))),
     ]
     blocks: list[Block] = [Facts(rows=tuple(rows))]
