@@ -72,7 +72,8 @@ def verify_bundle(
     with console.step("parity") as step:
         candidates = parity_candidates(loaded, recipe, bundle, stage_files(run), run.engines)
         inputs = parity_inputs(loaded.system, recipe)
-        parity = check_parity(loaded.run, candidates, inputs, tolerances(recipe), task=loaded.system.task)
+        calibrated, task = recipe.quantization.calib is not None, loaded.system.task
+        parity = check_parity(loaded.run, candidates, inputs, tolerances(recipe), task=task, calibrated=calibrated)
         parity = prove_rounding(loaded, parity, candidates, inputs)
         failed = {comparison.stage for comparison in parity.comparisons if not comparison.passed}
         if decisions := prove_decisions(loaded, recipe, bundle, stage_files(run), inputs, failed):

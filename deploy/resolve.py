@@ -20,7 +20,13 @@ from deploy.bench import BenchOptions
 from deploy.errors import RecipeError, SizeError, UnknownNameError, did_you_mean
 from deploy.models import SYSTEMS, find_system
 from deploy.parity.inputs import InputPack, natural_image, pack
-from deploy.precision.images import CalibrationImages, generated_images, images_of_folder
+from deploy.precision.images import (
+    CalibrationImages,
+    chosen_images,
+    generated_images,
+    images_of_folder,
+    readable,
+)
 from deploy.preprocess import find_images
 from deploy.recipe import (
     Layer,
@@ -180,11 +186,17 @@ def bench_options(recipe: Recipe) -> BenchOptions:
 
 
 def parity_inputs(system: System, recipe: Recipe) -> InputPack:
-    """Make the deterministic pack, and add the recipe's photos."""
+    """Make the deterministic pack, and add the recipe's photos.
+
+    INT8 and FP8 whose ranges were measured on photos are judged on photos of that kind, if need be on the same ones.
+    """
     from deploy.models.base import specialised  # as in _mistakes
 
-    system = specialised(system, recipe)
-    photos = find_images(recipe.parity.images, recipe.parity.max_images) if recipe.parity.images else ()
+    system, section = specialised(system, recipe), recipe.quantization
+    photos = find_images(recipe.parity.images, recipe.parity.max_images) if recipe.parity.images else []
+    if not photos and recipe.precision.quantised and section.calib is not None and section.calib.is_dir():
+        few = chosen_images(section.calib, recipe.parity.max_images)
+        photos = readable(few, recipe.size, recipe.preprocess.record())
     return pack(
         system.inputs,
         recipe.size,

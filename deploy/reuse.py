@@ -324,7 +324,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _photos(recipe: Recipe) -> str:
     """Identify the photos by their content, wherever they lie."""
     if recipe.parity.images is None:
-        return "none"
+        return "none" if recipe.quantization.calib is None else _calibration(recipe)["quantization.calib"]
     from deploy.preprocess import find_images
 
     digest = hashlib.sha256()

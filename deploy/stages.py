@@ -202,7 +202,8 @@ class Work:
         files = self._stage_files(traced, patched, typed)
         candidates = parity_candidates(self.loaded, self.recipe, self.folder, files, engines)
         limits, task = tolerances(self.recipe), self.system.task
-        parity = check_parity(self.loaded.run, candidates, self.inputs, limits, task=task)
+        calibrated = self.recipe.quantization.calib is not None
+        parity = check_parity(self.loaded.run, candidates, self.inputs, limits, task=task, calibrated=calibrated)
         parity = prove_rounding(self.loaded, parity, candidates, self.inputs)
         failed = {comparison.stage for comparison in parity.comparisons if not comparison.passed}
         if decisions := prove_decisions(self.loaded, self.recipe, self.folder, files, self.inputs, failed):

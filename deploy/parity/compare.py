@@ -29,6 +29,7 @@ Infer = Callable[[Feeds], Mapping[str, Array]]
 # Below this share of its own size, the outputs hardly depend on the image.
 DEAD = 0.01
 DECIDING = ("detection", "queries")  # tasks whose reduced precision ``deploy.parity.selection`` judges
+PHOTOS = "photos"
 EXTREMES = "extremes"  # the group of inputs that saturates every calibrated range; shown for INT8, not judged
 
 
@@ -56,6 +57,7 @@ def check_parity(
     tolerances: Mapping[str, Tolerance],
     *,
     task: str = "classification",
+    calibrated: bool = False,
 ) -> ParityRecord:
     """Compare every candidate with the reference and judge it.
 
@@ -65,6 +67,8 @@ def check_parity(
         inputs: What ``deploy.parity.inputs.pack`` made.
         tolerances: Precision -> limits.
         task: Which comparison of ``deploy.parity.metrics.TASKS`` is used.
+        calibrated: Whether the ranges of INT8 and FP8 were measured on a folder's photos. They clip what is not of
+            their kind, so photos alone are judged then, and other images are shown.
 
     Returns:
         The verdict. A broken tolerance is a verdict (``ok`` is False), not an exception.
@@ -84,11 +88,13 @@ def check_parity(
     with _quiet_polygraphy():
         expected = _run("pytorch", reference, inputs)
         notes = _reference_notes(expected, inputs)
+        if calibrated and any(candidate.precision.quantised for candidate in candidates):
+            notes += _range_notes(inputs.counts)
         comparisons: list[Comparison] = []
         for candidate in candidates:
             with candidate.open() as runner:
                 rows = _compare(expected, _run(candidate.stage, runner.infer, inputs), inputs, TASKS[task])
-            comparisons += [_comparison(candidate, name, rows[name], inputs, tolerances) for name in rows]
+            comparisons += [_comparison(candidate, name, rows[name], inputs, tolerances, calibrated) for name in rows]
     if not comparisons:
         raise ParityError("nothing was compared: no stage or no output", hint="effdeploy export ... --until parity")
     return ParityRecord(
@@ -175,10 +181,11 @@ def _compare(
 
 
 def _comparison(
-    candidate: Candidate, output: str, rows: Rows, inputs: InputPack, tolerances: Mapping[str, Tolerance]
-) -> Comparison:
+    candidate: Candidate, output: str, rows: Rows, inputs: InputPack, tolerances: Mapping[str, Tolerance],
+    calibrated: bool,
+) -> Comparison:  # fmt: skip
     groups = np.array([group for chunk in inputs.chunks for group in chunk.groups])
-    metrics = pool(rows.take(_judged(candidate.precision, groups)))
+    metrics = pool(rows.take(_judged(candidate.precision, groups, calibrated)))
     tolerance = tolerances[candidate.precision.value]
     failures = judge(metrics, tolerance)
     return Comparison(
@@ -202,10 +209,19 @@ def _comparison(
     )
 
 
-def _judged(precision: Precision, groups: NDArray[np.str_]) -> NDArray[np.bool_]:
-    """Choose the images that decide: ranges that were measured on images of the world do not hold on the extremes."""
-    judged: NDArray[np.bool_] = groups != EXTREMES
+def _judged(precision: Precision, groups: NDArray[np.str_], calibrated: bool) -> NDArray[np.bool_]:
+    """Choose the images that decide: ranges that were measured on images of one kind do not hold on others."""
+    photos: NDArray[np.bool_] = groups == PHOTOS
+    judged = photos if calibrated and photos.any() else groups != EXTREMES
     return judged if precision.quantised and judged.any() else np.ones(len(groups), np.bool_)
+
+
+def _range_notes(counts: Mapping[str, int]) -> list[str]:
+    """Say which images decide where ranges were measured on photos."""
+    if PHOTOS not in counts:
+        return ["ranges were measured on photos, and there are none to judge on: --images with photos of that kind"]
+    outside = sum(counts.values()) - counts[PHOTOS]
+    return [f"in 8 bits {counts[PHOTOS]} photos decide; {outside} generated images lie outside the calibrated ranges"]
 
 
 def _reference_notes(expected: Any, inputs: InputPack) -> list[str]:

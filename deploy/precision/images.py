@@ -6,6 +6,7 @@ be read is named and left out; more than one in a hundred stop the run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,6 +165,16 @@ def chosen_images(folder: Path, limit: int) -> list[Path]:
     except ImageError as error:
         raise ImageError(error.message, hint="--calib takes a folder of photos, some hundreds are enough") from error
     return found if len(found) <= limit else [found[i * len(found) // limit] for i in range(limit)]
+
+
+def readable(paths: Sequence[Path], size: tuple[int, int], spec: Preprocess) -> list[Path]:
+    """Leave out the images that cannot be read: the calibration has named and counted them."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(ImageError):
+            preprocess(path, size, spec)
+            found.append(path)
+    return found
 
 
 def generated_images(
