@@ -53,6 +53,8 @@ SUBJECTS: dict[str, dict[str, Subject]] = {
     "riformer": {"RIFormer-S12": Subject(system="riformer", variant="s12", options={})},
     "convmixer": {"ConvMixer-1024/20": Subject(system="convmixer", variant="1024_20", options={})},
     "sparseformer": {"SparseFormer-T": Subject(system="sparseformer", variant="t", options={})},
+    "alternet": {"AlterNet-18": Subject(system="alternet", variant="18", options={})},
+    "castling": {"Castling-DeiT-S": Subject(system="castling", variant="deit_small", options={})},
     "rtdetr": {"RT-DETR r18": Subject(system="rtdetr", variant="r18vd", options={"options.head": "raw"})},
 }
 
