@@ -106,6 +106,17 @@ def test_eval_and_triton_take_the_same_pixels(bundle, tmp_path):
     assert "uint8 [height, width, 3]" in (tmp_path / "models" / "m" / "README.md").read_text()
 
 
+def test_ranges_of_int8_are_measured_on_pixels(tmp_path):
+    asked = ("convmixer", "--variant", "tiny", "--size", 64, "--int8", "--embed-preprocess", "--until", "parity")
+    done = effdeploy("export", *asked, "--out", tmp_path / "b")
+    assert done.exit_code == 0, done.stdout + done.stderr
+    run = read_manifest(tmp_path / "b")
+    assert run.trace.inputs[0].dtype == "uint8"
+    assert run.precision.quantization.nodes > 0
+    assert not [tensor.tensor for tensor in run.precision.quantization.calibration.tensors if tensor.dead]
+    assert effdeploy("run", tmp_path / "b", PHOTO).exit_code == 0
+
+
 def test_the_report_says_where_the_subtraction_stays(tmp_path):
     done = effdeploy("export", "riformer", "--variant", "tiny", "--size", 64, "--embed-preprocess",
                      "--seconds", 0.05, "--set", "bench.rounds=3", "--out", tmp_path / "b")  # fmt: skip

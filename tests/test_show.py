@@ -25,8 +25,9 @@ def photo(tmp_path_factory):
 def bundle(tmp_path_factory):
     out = tmp_path_factory.mktemp("engines") / "groups"
     result = effdeploy(
-        "export", "tome", "--variant", "tiny", "--set", "options.groups=true", "--until", "engine", "--out", out
-    )
+        "export", "tome", "--variant", "tiny", "--set", "options.groups=true", "--embed-preprocess",
+        "--until", "engine", "--out", out,
+    )  # fmt: skip
     assert result.exit_code == 0, result.stdout + result.stderr
     return out
 
