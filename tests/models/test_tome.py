@@ -185,10 +185,10 @@ def tied_keys(tokens):
 
 def merged_by(merging, x, size, keys):
     """Run a form on tokens [N,T,C], sizes [N,T,1] and keys [N,heads,T,d], in its own layout; return as given."""
-    image = torch.arange(len(x))[:, None]
+    image, given = torch.arange(len(x))[:, None], merging.plan.given(keys)
     if isinstance(merging, merge_forms.MatrixMerge):
-        return merging(x, size, keys.transpose(1, 2), image)
-    merged, sizes, plan = merging(x.flatten(0, 1), None if size is None else size.flatten(0, 1), keys, image)
+        return merging(x, size, given, image)
+    merged, sizes, plan = merging(x.flatten(0, 1), None if size is None else size.flatten(0, 1), given, image)
     return merged.reshape(len(x), -1, x.shape[2]), sizes.reshape(len(x), -1, 1), plan
 
 
