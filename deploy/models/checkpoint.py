@@ -49,12 +49,14 @@ class WeightMap:
         rename: Checkpoint key to model key; a key it does not know is returned unchanged.
         inverse: Model key to checkpoint key, so that ``rename(inverse(key)) == key``; ``None``: the layout is read,
             never written by ``effdeploy convert``.
+        twin: Checkpoint key to the second name under which files of this layout hold the same tensor, or ``None``.
     """
 
     name: str
     layout: str
     rename: Callable[[str], str]
     inverse: Callable[[str], str] | None = None
+    twin: Callable[[str], str | None] = lambda key: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

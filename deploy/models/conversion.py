@@ -71,7 +71,8 @@ def convert_checkpoint(
     fitted = fit_checkpoint(checkpoint, system.weight_maps, template, other)
     target = names[to] if to else next(m for m in system.weight_maps if m.name == fitted.name)
     state = _renamed(_relayout(system, fitted, target, template(target.layout)), target)
-    temporary = _write(state, out)
+    twins = {twin: tensor.clone() for name, tensor in state.items() if (twin := target.twin(name))}
+    temporary = _write({**state, **twins}, out)
     try:
         written = fit_checkpoint(read_checkpoint(temporary), (target,), template, str)
         change = _compare(system, recipe, fitted, written)
@@ -84,7 +85,7 @@ def convert_checkpoint(
         source_layout=fitted.name + checkpoint.wrapping,
         layout=target.name,
         artifact=artifact_of(out, out.parent),
-        tensors=len(state),
+        tensors=len(state) + len(twins),
         parameters=sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point()),
         max_relative=change,
         seconds=time.perf_counter() - start,

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from test_rtdetr import NARROW
 from torch.nn import functional
 
 from deploy.backends.gpu import Gpu
@@ -108,10 +109,6 @@ def test_sums_in_place_of_concatenations_are_the_same_encoder(channels):
     assert abs(block(second, first) - plain.fpn_blocks[0](first, second)).max() > 0.01
 
 
-# Widths for tests: depths, blocks, layers and what is read of them stay the variant's.
-NARROW = {
-    "hidden": 64, "ffn": 64, "decoder_hidden": 64, "decoder_ffn": 64, "heads": 4, "queries": 20, "top_k": 20,
-}  # fmt: skip
 BACKBONES = {"width": 16, "stem": [8, 16], "widths": [8, 16, 24, 32], "outs": [32, 64, 96, 128]}
 DISTINCT = {str(variant.options): name for name, variant in SYSTEM.variants.items() if name != "tiny"}
 

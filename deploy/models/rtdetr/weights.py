@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -120,8 +121,14 @@ def _renaming(rules: Rules) -> Callable[[str], str]:
     return rename
 
 
-def _map(name: str, layout: str, there: Rules, back: Rules) -> WeightMap:
-    return WeightMap(name=name, layout=layout, rename=_renaming(there), inverse=_renaming(back))
+def _map(name: str, layout: str, there: Rules, back: Rules, **more: Any) -> WeightMap:
+    return WeightMap(name=name, layout=layout, rename=_renaming(there), inverse=_renaming(back), **more)
+
+
+def _second_head_name(key: str) -> str | None:
+    """Return the decoder heads' name beside the decoder: files of transformers 4, and of its RT-DETRv2, have both."""
+    match = re.fullmatch(r"model\.decoder\.((?:class|bbox)_embed\..*)", key)
+    return match[1] if match else None
 
 
 WEIGHT_MAPS = (
@@ -129,7 +136,7 @@ WEIGHT_MAPS = (
     _map("official v2", OFFICIAL, _SECOND, _SECOND_BACK),
     _map("official v1, converted", CONVERTED, _FIRST, _FIRST_BACK),
     _map("official v2, converted", CONVERTED, _SECOND, _SECOND_BACK),
-    _map("Hugging Face", HUGGING_FACE, _FACE, _FACE_BACK),
+    _map("Hugging Face", HUGGING_FACE, _FACE, _FACE_BACK, twin=_second_head_name),
 )
 
 _PACKED = re.compile(r"^(.*\.self_attn)\.in_proj_(weight|bias)$")
