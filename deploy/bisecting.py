@@ -19,17 +19,17 @@ from deploy import units
 from deploy.answers import Apart, BisectRecord, ModuleError, StageError
 from deploy.artifacts import open_artifact, read_manifest, storage_errors
 from deploy.bundles import stage_files
-from deploy.candidates import engine_options
+from deploy.candidates import build_options
 from deploy.console import Console
 from deploy.errors import BundleError, RecipeError
 from deploy.models import find_system
-from deploy.models.base import graph_inputs, specialised
+from deploy.models.base import specialised
 from deploy.precision.boundaries import boundary_errors
 from deploy.precision.modules import Module, children, splits
 from deploy.recipe import Recipe, layer_of_data, layer_of_options, resolve
 from deploy.records import BoundaryError, Precision, RunRecord, Target
 from deploy.resolve import judged_images
-from deploy.sensitivity import How, Laboratory, how_to_judge
+from deploy.sensitivity import How, Laboratory, both_of, how_to_judge
 from deploy.tuning_plot import draw_bisection
 
 WORST = 2  # modules that are looked into in each round
@@ -93,11 +93,7 @@ def _opened(bundle: Path, images: Path | None) -> tuple[RunRecord, Recipe]:
     run = read_manifest(bundle)
     options = {"parity.images": ("--images", images)}
     recipe = resolve([layer_of_data(f"manifest of {run.name}", run.recipe), layer_of_options(options)])
-    if run.passes is None or run.precision is None:
-        raise BundleError(
-            f"{bundle} has no file in low precision: its run stopped after {run.until.value}",
-            hint="export without --until",
-        )
+    both_of(run)
     if recipe.precision is Precision.FP32:
         raise BundleError(
             f"{bundle} is in FP32: there is no lower precision whose error could be looked for",
@@ -109,15 +105,11 @@ def _opened(bundle: Path, images: Path | None) -> tuple[RunRecord, Recipe]:
 
 
 def _laboratory(run: RunRecord, recipe: Recipe, bundle: Path, scratch: Path, backend: str | None) -> Laboratory:
-    if run.passes is None or run.precision is None:
-        raise AssertionError("_opened refuses such a bundle")
     system = specialised(find_system(recipe.system), recipe)
     without = recipe.model_copy(update={"quantization": recipe.quantization.model_copy(update={"calib": None})})
-    found = Laboratory(
-        high=open_artifact(run.passes.artifact, bundle), low=open_artifact(run.precision.artifact, bundle),
-        images=judged_images(system, without), task=system.task, size=recipe.size,
-        how=_how(recipe, run.passes.target, backend), folder=scratch,
-        smoothed=tuple(run.precision.quantization.smoothed if run.precision.quantization else ()),
+    found = Laboratory.of(
+        run, bundle, scratch, images=judged_images(system, without), task=system.task,
+        how=lambda target: _how(recipe, target, backend),
     )  # fmt: skip
     if not found.whole:
         raise BundleError(
@@ -127,8 +119,7 @@ def _laboratory(run: RunRecord, recipe: Recipe, bundle: Path, scratch: Path, bac
 
 
 def _how(recipe: Recipe, target: Target, backend: str | None) -> How:
-    system = specialised(find_system(recipe.system), recipe)
-    options = engine_options(recipe, graph_inputs(system, recipe.size))
+    options = build_options(recipe)
     judged = how_to_judge(recipe.precision, target, options)
     if backend is None or backend == judged.backend:
         return judged

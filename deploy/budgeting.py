@@ -14,7 +14,7 @@ import dataclasses
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from deploy.bench import BenchCandidate, measure
 from deploy.budgets import Budget as Budget
 from deploy.budgets import advice, with_front
 from deploy.candidates import build_options
-from deploy.console import Console, Mode
+from deploy.console import Console, Inside
 from deploy.errors import BackendUnavailableError, BudgetError, EngineBuildError, PrecisionAuditError
 from deploy.graph.io import save_model
 from deploy.models import find_system
@@ -40,7 +40,7 @@ from deploy.precision.qdq import quantised_products
 from deploy.recipe import Recipe
 from deploy.records import Precision, RunRecord, Stage
 from deploy.resolve import bench_options, judged_images
-from deploy.sensitivity import Laboratory, how_to_judge
+from deploy.sensitivity import Laboratory, both_of, how_to_judge
 from deploy.tuning_plot import draw_budget
 
 COLUMNS = ("choice", "kept high", "error", "cosine", "same best class", "matched", "p50", "speed-up over FP32", "")
@@ -84,36 +84,14 @@ def recipe_within(recipe: Recipe, budget: Budget, out: Path, console: Console, *
 def _written(recipe: Recipe, folder: Path, console: Console, *, reuse: bool) -> RunRecord:
     """Take a recipe to its graphs in another folder, with nothing on the terminal but progress bars."""
     silent = recipe.model_copy(update={"bench": recipe.bench.model_copy(update={"baselines": ()})})
-    return run(silent, folder, until=Stage.PRECISION, reuse=reuse, console=_Bars(console))
-
-
-class _Bars(Console):
-    """Shows the progress bars of what runs inside a step, and nothing else."""
-
-    def __init__(self, outer: Console) -> None:
-        super().__init__(Mode.SILENT)
-        self._outer = outer
-
-    @contextlib.contextmanager
-    def progress(self, total: int, title: str) -> Iterator[Callable[[int], None]]:
-        """Show how far a long step is."""
-        with self._outer.progress(total, title) as advance:
-            yield advance
-
-    def warn(self, message: str) -> None:
-        """Show a warning."""
-        self._outer.warn(message)
+    return run(silent, folder, until=Stage.PRECISION, reuse=reuse, console=Inside(console))
 
 
 def _laboratory(recipe: Recipe, whole: RunRecord, folder: Path) -> Laboratory:
-    if whole.passes is None or whole.precision is None:
-        raise AssertionError("a run until the precision stage has both files")
     system, options = specialised(find_system(recipe.system), recipe), build_options(recipe)
-    return Laboratory(
-        high=folder / "whole" / whole.passes.artifact.name, low=folder / "whole" / whole.precision.artifact.name,
-        images=judged_images(system, recipe), task=system.task, size=recipe.size,
-        how=how_to_judge(recipe.precision, whole.passes.target, options), folder=folder,
-        smoothed=tuple(whole.precision.quantization.smoothed if whole.precision.quantization else ()),
+    return Laboratory.of(
+        whole, folder / "whole", folder, images=judged_images(system, recipe), task=system.task,
+        how=lambda target: how_to_judge(recipe.precision, target, options),
     )  # fmt: skip
 
 
@@ -157,9 +135,7 @@ class _Search:
         names = [s.module for s in self.order]
         for _ in range(len(self.modules)):
             record = _written(kept_high(self.recipe, kept), self.folder / "chosen", self.console, reuse=True)
-            if record.precision is None:
-                raise AssertionError("a run until the precision stage has its record")
-            self.proof = self.folder / "chosen" / record.precision.artifact.name
+            self.proof = self.folder / "chosen" / both_of(record)[1].artifact.name
             self.tried[frozenset(kept)] = self.laboratory.of_file(self.proof)
             if self.budget.met_by(self.tried[frozenset(kept)]):
                 return kept
@@ -251,11 +227,12 @@ class _Search:
         with contextlib.suppress(BackendUnavailableError):
             load_backend(recipe.engine.backend).check(build_options(recipe))
             record = _written(recipe, self.folder / precision.value, self.console, reuse=True)
-            if record.precision is not None and record.passes is not None:
-                path = self.folder / precision.value / record.precision.artifact.name
-                how = how_to_judge(precision, record.passes.target, build_options(recipe))
-                apart = dataclasses.replace(self.laboratory, how=how).of_file(path)
-                found[precision.value] = _Choice(path=path, precision=precision, kept=None, apart=apart)
+            passes, typed = both_of(record)
+            path = self.folder / precision.value / typed.artifact.name
+            how = how_to_judge(precision, passes.target, build_options(recipe))
+            beside = dataclasses.replace(self.laboratory, how=how)
+            found[precision.value] = _Choice(path=path, precision=precision, kept=None, apart=beside.of_file(path))
+            self.laboratory.runs = beside.runs
         return found
 
 

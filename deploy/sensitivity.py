@@ -17,19 +17,19 @@ import numpy as np
 from onnx import ModelProto
 
 from deploy.answers import Apart
-from deploy.artifacts import environment, sha256_of
+from deploy.artifacts import environment, open_artifact, sha256_of
 from deploy.backends import load_backend
 from deploy.backends.base import BuildOptions, Feeds, Runner
 from deploy.backends.onnxruntime import open_model
 from deploy.console import Console
-from deploy.errors import ImageError
+from deploy.errors import BundleError, ImageError
 from deploy.graph.io import load_model, save_model
 from deploy.parity.detection import Matches, match_detections, match_overlap
 from deploy.parity.metrics import TASKS, concatenate, pool
 from deploy.precision.emulate import emulated
 from deploy.precision.images import CalibrationImages
 from deploy.precision.splice import Splice
-from deploy.records import Precision, Target, from_json, to_json
+from deploy.records import PassesRecord, Precision, PrecisionRecord, RunRecord, Target, from_json, to_json
 from deploy.store import Entry, Store, code_version, key_of
 
 Outputs = Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
@@ -64,6 +64,20 @@ class How:
             return open_model(path, self.options)
         backend = load_backend(self.backend)
         return backend.open(backend.build(path, folder, self.options)[0], folder, self.options)
+
+
+def both_of(run: RunRecord) -> tuple[PassesRecord, PrecisionRecord]:
+    """Return the records of a run's float32 file and of the file in low precision.
+
+    Raises:
+        BundleError: the run stopped before the precision stage.
+    """
+    if run.passes is None or run.precision is None:
+        raise BundleError(
+            f"{run.name} has no file in low precision: its run stopped after {run.until.value}",
+            hint="export without --until",
+        )
+    return run.passes, run.precision
 
 
 def how_to_judge(precision: Precision, target: Target, options: BuildOptions) -> How:
@@ -102,6 +116,31 @@ class Laboratory:
     smoothed: Collection[str] = ()
     store: Store = field(default_factory=Store)
     runs: int = 0
+
+    @classmethod
+    def of(
+        cls, run: RunRecord, bundle: Path, scratch: Path, *, images: CalibrationImages, task: str,
+        how: Callable[[Target], How],
+    ) -> Laboratory:  # fmt: skip
+        """Take the files of a run.
+
+        Args:
+            run: A run as far as the precision stage.
+            bundle: Where its files lie.
+            scratch: For files that are written on the way.
+            images: What graphs run on.
+            task: How outputs are compared.
+            how: What runs the graphs of a target.
+
+        Raises:
+            BundleError: the run stopped before, or a file was changed.
+        """
+        passes, precision = both_of(run)
+        smoothed = tuple(precision.quantization.smoothed) if precision.quantization else ()
+        return cls(
+            high=open_artifact(passes.artifact, bundle), low=open_artifact(precision.artifact, bundle), images=images,
+            task=task, size=run.model.size, how=how(passes.target), folder=scratch, smoothed=smoothed,
+        )  # fmt: skip
 
     @functools.cached_property
     def splice(self) -> Splice:

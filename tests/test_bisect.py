@@ -17,13 +17,14 @@ from support import effdeploy
 from deploy.answers import BisectRecord
 from deploy.artifacts import artifact_of, read_manifest, write_manifest
 from deploy.backends.base import BuildOptions
-from deploy.bisecting import _Search
+from deploy.bisecting import _how, _Search
 from deploy.console import Console, Mode
 from deploy.graph.io import save_model
 from deploy.precision.boundaries import JUMP
 from deploy.precision.convert import convert_precision
 from deploy.precision.images import generated_images
 from deploy.records import Precision, Target, TensorSpec, from_json
+from deploy.resolve import resolve_recipe
 from deploy.sensitivity import Laboratory, how_to_judge
 
 SHAPE = (3, 4, 4)
@@ -190,3 +191,10 @@ def refused(bundle: Path, folder: Path, *more: object, code: int) -> str:
     assert result.exit_code == code, result.stdout + result.stderr
     assert not (folder / "b.svg").exists()
     return result.stderr
+
+
+def test_graphs_are_run_on_the_images_that_they_take():
+    settings = ("preprocess.embed=true", "size=32")
+    recipe = resolve_recipe("riformer", {"variant": ("", "tiny"), "precision": ("", "fp16")}, settings)
+    (images,) = _how(recipe, Target.ONNXRUNTIME, None).options.inputs
+    assert (images.dtype, images.shape[1:]) == ("uint8", (32, 32, 3))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +110,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def graphs(impossible):
+    """The finished stages of these searches, without what they measured."""
+    stages = Path(os.environ["EFFDEPLOY_CACHE"]) / "stages"
+    return [path for path in stages.iterdir() if not path.name.startswith("sensitivity-")]
+
+
+@pytest.fixture(scope="module")
 def impossible(folder):
     return searched(folder / "impossible", "cosine=1", code=24)
 
@@ -159,6 +169,32 @@ def test_the_same_search_gives_the_same_recipe_and_runs_nothing(search, repeated
     assert exported.exit_code == 0, exported.stderr
     by_recipe = read_manifest(folder / "by-recipe").precision.artifact
     assert by_recipe == read_manifest(folder / "b").precision.artifact
+
+
+KILLED_IN = 6  # the sixth measurement; five are kept
+
+
+def test_a_search_that_is_killed_goes_on_where_it_was(server, graphs, search, cache, tmp_path):
+    for path in graphs:
+        shutil.copytree(path, cache / "stages" / path.name)
+    wanted, whole = search
+    budget = ("--int8", "--budget", f"cosine={wanted:.8f}", "--until", "precision")
+    killed = server.ask(
+        {
+            "arguments": [str(a) for a in ("export", *NETWORK, *budget, "--out", tmp_path / "b", *QUICK)],
+            "cache": str(cache), "output": str(tmp_path / "log"), "stop_measuring": KILLED_IN,
+        }
+    )  # fmt: skip
+    assert killed["code"] == -signal.SIGKILL, killed["output"]
+    kept = {path: path.stat().st_mtime_ns for path in (cache / "stages").glob("sensitivity-*/*")}
+    assert len({path.parent for path in kept}) == KILLED_IN - 1
+    again, _ = searched(tmp_path / "b", f"cosine={wanted:.8f}")
+    measured = list((cache / "stages").glob("sensitivity-*"))
+    assert again.runs == len(measured) - (KILLED_IN - 1)  # none of them is measured twice
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    # Another process, from the start: the same errors, the same choice, the same recipe.
+    assert (again.kept, again.order) == (whole.kept, whole.order)
+    assert Path(again.recipe).read_text() == Path(whole.recipe).read_text()
 
 
 def test_what_cannot_be_met_says_what_the_best_reaches(impossible, search, folder):
