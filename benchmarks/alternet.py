@@ -15,16 +15,19 @@ from pathlib import Path
 
 import torch
 from common import (
+    BATCHES,
     THREADS,
-    arguments,
     bare,
     builds,
     engines,
     figures,
     kernels,
+    last_kernels,
     no_builder,
     on_the_road,
     race,
+    rounds_of,
+    timing_arguments,
     write_results,
 )
 
@@ -50,7 +53,7 @@ def cpu(variant: str, batch: int, rounds: int, folder: Path) -> dict[str, object
         "authors' form, bare export": bare(ours.reference, images, folder / f"bare{name}"),
         "TensorRT's form": on_the_road(other.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"tokens{name}"),
     }
-    return figures(race(graphs, images, rounds), name)
+    return figures(race(graphs, images, rounds_of(batch, rounds)), name)
 
 
 def counted(folder: Path) -> dict[str, object] | str:
@@ -67,18 +70,18 @@ def counted(folder: Path) -> dict[str, object] | str:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
+    options = timing_arguments(__doc__ or "").parse_args()
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         measured = {
             f"{variant}, batch {batch}": cpu(variant, batch, options.rounds, folder)
             for variant in VARIANTS
-            for batch in (1, 8)
+            for batch in BATCHES
         }
-        kernel_counts = counted(folder)
+        kernel_counts = last_kernels(SYSTEM) if options.keep_kernels else counted(folder)
     if options.write:
-        command = "python benchmarks/alternet.py --write"
+        command = f"python benchmarks/alternet.py --rounds {options.rounds} --write"
         write_results(SYSTEM, {"command": command, "cpu": measured, "kernels": kernel_counts})
 
 

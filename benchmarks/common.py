@@ -69,7 +69,8 @@ def race(graphs: Mapping[str, Path], images: np.ndarray, rounds: int) -> BenchRe
 def figures(record: BenchRecord, label: str) -> dict[str, object]:
     """Print the ratios of a race, and return what its result file keeps."""
     for ratio in record.ratios:
-        print(f"{label}: {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}) {ratio.baseline}")
+        sure = "" if ratio.interval is None else "; median surely in {:.3f} to {:.3f}".format(*ratio.interval)
+        print(f"{label}: {ratio.median:.3f}x ({ratio.p10:.3f} to {ratio.p90:.3f}{sure}) {ratio.baseline}")
     return {
         "ratios": to_json(record.ratios),
         "p50_ms": {candidate.name: candidate.p50 for candidate in record.latencies},
@@ -128,6 +129,27 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=40, help="interleaved rounds")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results")
     return parser
+
+
+def timing_arguments(description: str) -> argparse.ArgumentParser:
+    """Return the options of benchmarks whose kernels need not be counted anew with every timing."""
+    parser = arguments(description)
+    parser.add_argument("--keep-kernels", action="store_true", help="time only; kernels stay as last written")
+    return parser
+
+
+def last_kernels(name: str) -> dict[str, object] | str:
+    """Return the kernels of the last result."""
+    kernel_counts: dict[str, object] | str = json.loads((RESULTS / f"{name}.json").read_text())["kernels"]
+    return kernel_counts
+
+
+BATCHES = (1, 8)
+
+
+def rounds_of(batch: int, rounds: int) -> int:
+    """Return how often to time a batch: one image is quick, and what it may gain is near the noise."""
+    return 5 * rounds if batch == 1 else rounds
 
 
 def write_results(name: str, data: Mapping[str, object]) -> None:

@@ -28,7 +28,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from common import THREADS, arguments, bare, builds, figures, on_the_road, race, write_results
+from common import (
+    BATCHES,
+    THREADS,
+    bare,
+    builds,
+    figures,
+    last_kernels,
+    on_the_road,
+    race,
+    rounds_of,
+    timing_arguments,
+    write_results,
+)
 
 from deploy.models import find_system
 from deploy.models.base import Loaded, example_inputs, load_model
@@ -36,7 +48,7 @@ from deploy.records import Target
 from deploy.resolve import resolve_recipe
 
 SYSTEM, VARIANT = "convmixer", "1024_20"
-BATCHES, PRODUCT = (1, 8), 1024
+PRODUCT = 1024
 
 
 OFFICIAL, PADDING = "official form, bare export", "deploy, borders by padding"
@@ -58,7 +70,7 @@ def against_bare(batch: int, rounds: int, folder: Path) -> dict[str, Any]:
     }
     theirs, plain = (work_of(graphs[name], folder) for name in (OFFICIAL, PADDING))
     return {
-        **figures(race(graphs, images, rounds), f"batch {batch}"),
+        **figures(race(graphs, images, rounds_of(batch, rounds)), f"batch {batch}"),
         "padding_leaves_out": [[*node, count] for node, count in (theirs - plain).items()],
         "padding_adds": [[*node, count] for node, count in (plain - theirs).items()],
         "profiles": {name: profile(graphs[name], images, max(3, rounds // 4), folder) for name in ("deploy", OFFICIAL)},
@@ -154,12 +166,14 @@ def peak(rounds: int) -> float:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
+    options = timing_arguments(__doc__ or "").parse_args()
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as scratch:
         measured = {f"batch {batch}": against_bare(batch, options.rounds, Path(scratch)) for batch in BATCHES}
         recipe = resolve_recipe(SYSTEM, {"variant": ("", VARIANT)})
-        kernel_counts = builds(loaded(Target.TENSORRT), recipe, Path(scratch))
+        kernel_counts = (
+            last_kernels(SYSTEM) if options.keep_kernels else builds(loaded(Target.TENSORRT), recipe, Path(scratch))
+        )
     machine = {"peak_gflops": peak(options.rounds), "gigabytes": copied(options.rounds)}
     print(f"a product {machine['peak_gflops']:.0f} GFLOP/s, a copy {machine['gigabytes']:.1f} GB/s")
     for batch, entry in measured.items():
@@ -170,7 +184,7 @@ def main() -> None:
                 rates = f"{found['gflops']:.0f} GFLOP/s, {found['gigabytes']:.1f} GB/s"
                 print(f"  {graph}: {name}: {found['ms']:.1f} ms, {rates}, the machine's least {found['bound']:.0%}")
     if options.write:
-        command = "python benchmarks/convmixer.py --write"
+        command = f"python benchmarks/convmixer.py --rounds {options.rounds} --write"
         write_results(SYSTEM, {"command": command, "cpu": measured, "machine": machine, "kernels": kernel_counts})
 
 

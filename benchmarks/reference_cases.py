@@ -3,11 +3,14 @@
     python benchmarks/reference_cases.py --write
     python benchmarks/reference_cases.py alternet_50 --write     # of one case, beside the others' last figures
 
-Of ConvMixer, AlterNet, Castling-ViT and SparseFormer. Each case is a checkpoint in the layout of its release, exported
-in FP16 up to parity for ONNX Runtime, which judges the FP32 file as well: that file is the engine of an FP32 export.
-``official`` is how far a file is from the official implementation's logits and ``parity`` how far from PyTorch over the
-parity images (of the largest logit), ``top1`` the share of those images with the same best class and ``ties`` how many
-of the others lie within the tolerance.
+Of ConvMixer, AlterNet, Castling-ViT and SparseFormer, as far as they are whole networks: the attentions alone are in
+``tests/models/test_castling.py``. Each case is a checkpoint in the layout of its release, exported in FP16 up to parity
+for ONNX Runtime, which judges the FP32 file as well. ``official`` is how far a file is from the official
+implementation's logits and ``parity`` how far from PyTorch over the parity images (of the largest logit), ``top1`` the
+share of those images with the same best class. ``gaps`` holds, for each other image, how far apart PyTorch has the two
+classes (of the largest logit), and ``ties`` counts those that PyTorch's own rounding explains
+(``deploy/parity/rounding.py``). FP16 is judged as ONNX Runtime runs it and, under ``rounded``, with every FP16 tensor
+rounded; ``notes`` are those of the report.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from support import REFERENCE, Case, effdeploy, reference_case
 from deploy.artifacts import read_manifest
 from deploy.backends.base import BuildOptions
 from deploy.backends.onnxruntime import open_model
+from deploy.records import Comparison
 
 _CIFAR = ("--size", "32", "--set", "classes=10", "--set", "options.dim=256", "--set", "options.depth=8",
           "--set", "options.kernel=5", "--set", "options.patch=2")  # fmt: skip
@@ -86,12 +90,25 @@ def exported(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
             "official_top1": float((got.argmax(1) == case.logits.argmax(1)).mean()),
             "parity": judged.max_relative,
             "natural": judged.per_input["natural"],
-            "judged_by": judged.precision,
-            "top1": judged.top1,
-            "ties": judged.top1_ties,
+            **agreement(judged),
             "drift": run.model.drift.fp32_relative if run.model.drift else None,
         }
+    rounded = next(c for c in run.parity.comparisons if c.stage == "fp16, rounded")
+    found["fp16"] |= {
+        "rounded": {"parity": rounded.max_relative, **agreement(rounded)},
+        "notes": list(run.parity.notes),
+    }
     return found
+
+
+def agreement(judged: Comparison) -> dict[str, Any]:
+    """Return what became of the best class, and what judged it."""
+    return {
+        "judged_by": judged.precision,
+        "top1": judged.top1,
+        "ties": judged.top1_ties,
+        "gaps": list(judged.top1_gaps),
+    }
 
 
 def main() -> None:

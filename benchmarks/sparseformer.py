@@ -17,15 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import (
-    arguments,
+    BATCHES,
     bare,
     builds,
     engines,
     figures,
     kernels,
+    last_kernels,
     no_builder,
     on_the_road,
     race,
+    rounds_of,
+    timing_arguments,
     write_results,
 )
 from sparseformer_release import ReleaseForm
@@ -59,7 +62,7 @@ def cpu(batch: int, rounds: int, folder: Path) -> dict[str, object]:
         "training form, bare export": bare(ours.reference, images, folder / f"bare{batch}"),
         "deploy with gather": on_the_road(gather.deploy, spec, batch, Target.ONNXRUNTIME, folder / f"gather{batch}"),
     }
-    return figures(race(graphs, images, rounds), f"batch {batch}")
+    return figures(race(graphs, images, rounds_of(batch, rounds)), f"batch {batch}")
 
 
 def check_same(release: torch.nn.Module, reference: torch.nn.Module, images: np.ndarray) -> None:
@@ -84,14 +87,14 @@ def counted(folder: Path) -> dict[str, object] | str:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
+    options = timing_arguments(__doc__ or "").parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        measured = {f"batch {batch}": cpu(batch, options.rounds, folder) for batch in (1, 8)}
-        kernel_counts = counted(folder)
+        measured = {f"batch {batch}": cpu(batch, options.rounds, folder) for batch in BATCHES}
+        kernel_counts = last_kernels("sparseformer") if options.keep_kernels else counted(folder)
     if options.write:
-        command = "python benchmarks/sparseformer.py --write"
+        command = f"python benchmarks/sparseformer.py --rounds {options.rounds} --write"
         write_results("sparseformer", {"command": command, "cpu": measured, "kernels": kernel_counts})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deploy.models import vit
-from deploy.models.sparseformer import AdaptiveMixing, SparseFormer, Stem, Unit
+from deploy.models.sparseformer.network import AdaptiveMixing, SparseFormer, Stem, Unit
 
 
 class ReleaseForm(nn.Module):

@@ -97,6 +97,51 @@ def test_a_system_is_one_file_and_one_name(name):
     assert (ROOT / "export_configs" / f"{name}.yaml").is_file()
 
 
+def pieces_of_one(sources):
+    """Return the modules of models/ that one system alone imports, itself or through such a piece, with its name."""
+    models = {".".join(p.relative_to(ROOT).with_suffix("").parts): set(imports_with_names(p)) for p in sources}
+    owner = {f"deploy.models.{name}": name for name in SYSTEMS}
+    owner |= {
+        module: module.split(".")[2] for module in models if module.split(".")[2:3] and module.split(".")[2] in SYSTEMS
+    }
+    while True:
+        users = {
+            module: {owner.get(user, user) for user, imported in models.items() if module in imported}
+            for module in models
+            if re.fullmatch(r"deploy\.models\.\w+", module) and module not in owner
+        }
+        found = {module: by.pop() for module, by in users.items() if len(by) == 1 and by <= set(SYSTEMS)}
+        if not found:
+            break
+        owner |= found
+    return {module.split(".")[-1]: name for module, name in owner.items() if module.split(".")[2] not in SYSTEMS}
+
+
+def imports_with_names(path):
+    """Yield what a file imports, ``from deploy.models import vit`` as ``deploy.models.vit`` as well."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    yield from imports_of(path)
+
+
+def test_what_one_system_alone_uses_lies_in_its_folder():
+    """A piece beside the systems is for more than one of them, or for the rooms above; ToMe's are of its technique."""
+    assert pieces_of_one(SOURCES) == {"merging": "tome", "merge_forms": "tome", "vit_rows": "tome"}
+
+
+def test_a_piece_beside_its_only_system_shows(tmp_path, monkeypatch):
+    folder = tmp_path / "deploy" / "models"
+    folder.mkdir(parents=True)
+    (folder / "convmixer.py").write_text("from deploy.models import padding, shared\n")
+    (folder / "alternet.py").write_text("from deploy.models.shared import this\n")
+    (folder / "padding.py").write_text("from deploy.models.inner import that\n")
+    (folder / "inner.py").write_text("that = 1\n")
+    (folder / "shared.py").write_text("this = 1\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert pieces_of_one(sorted(folder.rglob("*.py"))) == {"padding": "convmixer", "inner": "convmixer"}
+
+
 def test_files_and_functions_stay_small():
     long_files = {p.name: n for p in SOURCES if (n := len(p.read_text().splitlines())) > 500}
     long_functions = {

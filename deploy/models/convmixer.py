@@ -11,12 +11,12 @@ The batch norm comes AFTER the activation, so no convolution before it can take 
 
 * the last norm goes into the head, exactly: a mean over positions commutes with a gain and a shift per channel.
 * the norm after the depthwise convolution could go into the pointwise one, if the residual stream were rescaled by
-  its gain. That is exact where no gain is 0, brings no speed-up on ONNX Runtime (1.00 and 0.98 times) and saves
-  TensorRT no kernel (63 and 63): left.
+  its gain. That is exact where no gain is 0, brings no speed-up on ONNX Runtime (1.00 times) and saves TensorRT-RTX no
+  kernel (63 and 63): left.
 * the norm before a depthwise convolution cannot go: the padding of zeros comes after its shift, so at the border the
   shift is no constant of the channel. Left.
-* written as Mul and Add, the norms that are left cost ONNX Runtime 8 to 17 %: it runs BatchNormalization inside its
-  blocked layout. TensorRT fuses activation, norm and residual into the convolution's kernel either way.
+* written as Mul and Add, the norms that are left make ONNX Runtime take 1.05 times as long: it runs BatchNormalization
+  inside its blocked layout. TensorRT-RTX needs 63 kernels either way (1024_20; benchmarks/convmixer_norms.py).
 
 What can be faster is the depthwise convolution. ONNX Runtime's CPU kernel computes outputs that see the left or right
 border one at a time, the others six at a time: with a kernel of 9 on maps 16 wide that is every second one. Where
@@ -197,18 +197,22 @@ def _variant(dim: int, depth: int, kernel: int, patch: int, activation: str, sum
 def forms(options: Mapping[str, Any]) -> dict[Target, Form]:
     """Return the form of each target under these options, with its measured reason."""
     kept = "last batch norm in the head, the others left after their activations"
+    cannot = "the norm before a depthwise convolution cannot fold (zero padding)"
     why = (
-        "as Mul and Add the other norms would be passes of their own outside ONNX Runtime's blocked layout; the one "
-        "before a depthwise convolution cannot fold (zero padding)"
+        f"{cannot}, folding the one behind it gains nothing (1.00), and as Mul and Add they take 1.05 times as long "
+        "(1024_20; benchmarks/convmixer_norms.py)"
     )
     if options["border"] == "written":
         name, faster = (
             f"{kept}; wide borders written out",
-            ("with borders written out 1024_20 is 1.06 times as fast as the official graph (benchmarks/convmixer.py)"),
+            ("with borders written out 1024_20 is 1.09 times as fast as the official graph (benchmarks/convmixer.py)"),
         )
     else:
         name, faster = kept, "node for node the official graph but for one norm, and as fast (benchmarks/convmixer.py)"
-    plain = Form(name=kept, reason="the form of ONNX Runtime; not compared with others by a build of this project")
+    plain = Form(
+        name=kept,
+        reason=f"{cannot}; 63 kernels in FP16 for SM89, whether the others fold or not (1024_20)",
+    )
     return {Target.ONNXRUNTIME: Form(name=name, reason=f"{why}; {faster}"), Target.TENSORRT: plain}
 
 

@@ -100,7 +100,9 @@ def test_tensorrt_rtx_builds_for_ampere_and_ada(precision, tmp_path):
         "--until", "engine", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.stdout + result.stderr
-    assert len(read_manifest(out).engines) == 2
+    engines = read_manifest(out).engines
+    assert [engine.device for engine in engines] == ["sm80", "sm89"]
+    assert all(engine.audit.ok for engine in engines)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (8, 12)])

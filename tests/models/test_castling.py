@@ -17,12 +17,13 @@ from deploy.backends.onnxruntime import open_model
 from deploy.graph.pipeline import run_passes
 from deploy.models import find_system
 from deploy.models.base import example_inputs, load_model
-from deploy.models.castling import LinearAngularAttention, strong, unit
+from deploy.models.castling import DeployAttention, LinearAngularAttention, strong, unit
+from deploy.models.checkpoint import read_checkpoint
 from deploy.models.weights import random_state
 from deploy.parity.compare import with_drift
 from deploy.parity.inputs import natural_image
 from deploy.precision.convert import convert_precision
-from deploy.records import Batch, Drift, ParityRecord, Precision, Preprocess, Target
+from deploy.records import Batch, Drift, ParityRecord, Precision, Preprocess, Target, TensorSpec
 from deploy.resolve import resolve_recipe
 from deploy.trace import TraceRequest, onnx_from_torch
 
@@ -47,6 +48,51 @@ def test_the_attention_is_the_official_one(suffix, limit):
     with torch.inference_mode():
         got = attention(torch.from_numpy(case.images))[0].numpy()[:, ::8]
     assert abs(got - case.logits).max() > limit * abs(case.logits).max()
+
+
+def on_onnxruntime(module, spec, images, folder):
+    """Export a module, run the passes, and return what ONNX Runtime gives for the images."""
+    request = TraceRequest(inputs=(spec,), outputs=("logits",), batch=Batch.parse(len(images)), opset=20)
+    traced = onnx_from_torch(module, request, folder)
+    graph = folder / run_passes(folder / traced.artifact.name, Target.ONNXRUNTIME, folder).artifact.name
+    with open_model(graph, BuildOptions(threads=1)) as runner:
+        return runner.infer({spec.name: images})["logits"]
+
+
+class Attention(torch.nn.Module):
+    """An attention alone, its output without what it returns beside."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, images):
+        found = self.attention(images)
+        return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize(
+    ("suffix", "deployed", "limit"), [("", False, LIMIT), ("", True, LIMIT), ("_aux", False, AUXILIARY_LIMIT)]
+)
+def test_the_attentions_graph_is_the_official_one(suffix, deployed, limit, tmp_path):
+    case = reference_case(f"castling_attn_d192_h3_L197{suffix}")
+    attention = LinearAngularAttention(192, 3, qkv_bias=True, auxiliary=bool(suffix)).eval().requires_grad_(False)
+    attention.load_state_dict(read_checkpoint(case.save(tmp_path / "official.pth")).tensors)
+    spec = TensorSpec(name="images", dtype="float32", shape=("batch", *case.images.shape[1:]))
+    module = Attention(DeployAttention(attention) if deployed else attention)
+    got = on_onnxruntime(module, spec, case.images, tmp_path)[:, ::8]
+    assert abs(got - case.logits).max() <= limit * abs(case.logits).max()
+    other = reference_case(f"castling_attn_d192_h3_L197{'' if suffix else '_aux'}")  # negative control
+    assert abs(got - other.logits).max() > AUXILIARY_LIMIT * abs(case.logits).max()
+
+
+@pytest.mark.slow
+def test_the_graph_with_the_branch_meets_the_official_logits(tmp_path):
+    """The training form's: the deploy form has no branch, and its drift is measured."""
+    case = reference_case("castling_deit_tiny_224_aux")
+    loaded = load(variant="deit_tiny", weights=str(case.save(tmp_path / "official.pth")))
+    got = on_onnxruntime(loaded.reference, loaded.inputs[0], case.images, tmp_path)
+    assert abs(got - case.logits).max() <= AUXILIARY_LIMIT * abs(case.logits).max()
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
@@ -171,7 +217,9 @@ def test_tensorrt_rtx_builds_the_tiny_variant(precision, tmp_path):
         "--set", "engine.sm=[80,89]", "--until", "engine", "--out", tmp_path / "bundle",
     )  # fmt: skip
     assert result.exit_code == 0, result.stdout + result.stderr
-    assert len(read_manifest(tmp_path / "bundle").engines) == 2
+    engines = read_manifest(tmp_path / "bundle").engines
+    assert [engine.device for engine in engines] == ["sm80", "sm89"]
+    assert all(engine.audit.ok for engine in engines)
 
 
 def test_norms_and_denominators_stay_float32(tmp_path, monkeypatch):

@@ -19,10 +19,11 @@ from deploy.errors import RecipeError
 from deploy.graph.io import load_model as load_onnx
 from deploy.graph.io import op_counts
 from deploy.graph.pipeline import run_passes
-from deploy.models import find_system, looking, vit
-from deploy.models.base import empty_state, example_inputs, load_model
+from deploy.models import find_system, vit
+from deploy.models.base import empty_state, example_inputs, load_model, specialised
 from deploy.models.rtdetr.sampling import FIXED
-from deploy.models.sparseformer import from_imagenet, from_library, to_imagenet
+from deploy.models.sparseformer import looking
+from deploy.models.sparseformer.system import from_imagenet, from_library, to_imagenet
 from deploy.parity.inputs import natural_image
 from deploy.parity.rounding import OWN
 from deploy.precision.convert import convert_precision
@@ -63,8 +64,15 @@ def off(module, case):
     return abs(got - case.logits).max() / abs(case.logits).max()
 
 
+def exported(loaded, folder, target=Target.ONNXRUNTIME, batch=2):
+    request = TraceRequest(inputs=loaded.inputs, outputs=loaded.outputs, batch=Batch.parse(batch), opset=20)
+    traced = onnx_from_torch(loaded.deploy, request, folder)
+    return folder / run_passes(folder / traced.artifact.name, target, folder).artifact.name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_pytorch_forms_meet_the_official_logits(name, tmp_path):
+def test_pytorch_forms_and_the_graph_meet_the_official_logits(name, tmp_path):
     case, (variant, layout) = case_of(name), CASES[name]
     size = "x".join(str(side) for side in case.images.shape[2:])
     loaded = load(variant=variant, size=size, weights=str(case.save(tmp_path / "official.pth")))
@@ -77,6 +85,10 @@ def test_pytorch_forms_meet_the_official_logits(name, tmp_path):
     official = official if layout == "library release" else official.transpose(1, 0, 2)
     assert len(looks) == 5
     assert abs(looks[-1][:, :, :2].flatten(2).numpy() - official).max() <= 1e-3
+    with open_model(exported(loaded, tmp_path), BuildOptions(threads=1)) as runner:
+        got = runner.infer({"images": case.images})["logits"]
+    assert abs(got - case.logits).max() <= LIMIT * abs(case.logits).max()
+    assert (got.argmax(1) == case.logits.argmax(1)).all()
 
 
 def test_the_releases_constants_are_not_interchangeable(tmp_path):
@@ -86,16 +98,13 @@ def test_the_releases_constants_are_not_interchangeable(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "until"),
-    [("sparseformer_tiny_imagenet_224x224", "parity"), ("sparseformer_tiny_v1lib_224x224", "engine")],
-)
-def test_the_command_line_meets_the_official_logits(name, until, tmp_path):
+def test_the_command_line_meets_the_official_logits(tmp_path):
     """A float16 export judges its float32 file as well; noise by PyTorch's own rounding, which breaks both limits."""
+    name = "sparseformer_tiny_v1lib_224x224"
     case, out = case_of(name), tmp_path / "bundle"
     result = effdeploy(
         "export", "sparseformer", "--variant", "t", "--weights", case.save(tmp_path / "official.pth"), "--batch", 2,
-        "--fp16", "--until", until, "--out", out,
+        "--fp16", "--until", "parity", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.stdout + result.stderr
     assert f"{CASES[name][1]} layout" in result.stdout
@@ -106,12 +115,20 @@ def test_the_command_line_meets_the_official_logits(name, until, tmp_path):
             got = runner.infer({"images": case.images})["logits"]
         assert abs(got - case.logits).max() <= limit * abs(case.logits).max()
         assert (got.argmax(1) == case.logits.argmax(1)).all()
-    for found in run.parity.comparisons if run.parity else ():
+    assert {found.stage for found in run.parity.comparisons} == {
+        "deploy form",
+        "traced",
+        "patched",
+        "engine",
+        "fp16, rounded",
+    }
+    for found in run.parity.comparisons:
         precision, judged = found.precision.split(", ")
         assert judged == OWN
         limit = allowed[precision].max_relative
         assert max(found.per_input["natural"], found.per_input["extremes"]) <= limit < found.per_input["noise"]
         assert round(found.top1 * found.images) + found.top1_ties == found.images
+        assert len(found.top1_gaps) == found.top1_ties
 
 
 def test_coordinates_stay_float32(tmp_path, monkeypatch):
@@ -131,6 +148,16 @@ def test_coordinates_stay_float32(tmp_path, monkeypatch):
         off.append(rounding_of(tmp_path / typed, graph, image))
         without_islands(monkeypatch)  # negative control
     assert off[1] > 1.05 * off[0]
+
+
+def test_the_grid_is_not_rounded_where_it_is_sampled(tmp_path):
+    """GridSample would take its grid in the type of the map."""
+    graph = exported(load(), tmp_path, batch=1)
+    for keep, expected in ((SYSTEM.keep_fp32({}), "FLOAT"), ((r"\brois/",), "FLOAT16")):  # negative control
+        typed = convert_precision(graph, Precision.FP16, tmp_path, keep=keep, target=Target.ONNXRUNTIME).artifact.name
+        types = types_of(tmp_path / typed)
+        assert {kind for name, kind in types.items() if name.split("_")[0].endswith("/GridSample")} == {expected}
+        assert types["stem.conv1/Conv"] == "FLOAT16"
 
 
 @pytest.mark.parametrize("target", list(Target), ids=lambda t: t.value)
@@ -203,6 +230,24 @@ def test_an_unknown_choice_is_refused(option):
         load(**{f"options__{option}": "none"})
 
 
+@pytest.mark.parametrize(
+    ("asked", "target", "named", "missing"),
+    [
+        ({}, Target.ONNXRUNTIME, "GridSample", "padded"),
+        ({}, Target.TENSORRT, "Gather, heads padded to 16", "GridSample"),
+        ({"options.sampling": "gather"}, Target.ONNXRUNTIME, "Gather", "GridSample"),
+        ({"options.sampling": "grid_sample"}, Target.TENSORRT, "GridSample, heads padded to 16", "Gather"),
+        ({"options.pad_heads": False}, Target.TENSORRT, "Gather", "padded"),
+    ],
+)
+def test_the_report_names_the_form_that_is_exported(asked, target, named, missing):
+    options = {key: ("", value) for key, value in {"variant": "tiny", **asked}.items()}
+    form = specialised(SYSTEM, resolve_recipe("sparseformer", options)).forms[target]
+    assert form.name.endswith(named)
+    assert missing not in form.name
+    assert all(f"{key}={str(value).lower()} asks for" in form.reason for key, value in asked.items())
+
+
 @pytest.mark.parametrize("size", [(28, 36), (27, 33)])
 def test_both_samplings_are_the_definition(size):
     draw = torch.Generator().manual_seed(0)
@@ -247,5 +292,6 @@ def test_tensorrt_rtx_builds_the_tiny_variant(precision, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.stdout + result.stderr
     run = read_manifest(tmp_path / "bundle")
-    assert len(run.engines) == 2
+    assert [engine.device for engine in run.engines] == ["sm80", "sm89"]
+    assert all(engine.audit.ok for engine in run.engines)
     assert "GridSample" not in op_counts(load_onnx(tmp_path / "bundle" / run.passes.artifact.name))
