@@ -201,6 +201,43 @@ def test_a_hugging_face_file_becomes_an_official_one_and_back(tmp_path):
     assert all(torch.equal(last[SYSTEM.weight_maps[0].inverse(key)], value) for key, value in official.items())
 
 
+def shapes_of(state):
+    """Give names and shapes, without what counts training steps or is computed."""
+    return {k: tuple(v.shape) for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+def test_names_and_shapes_of_r18_are_the_releases_and_transformers_own():
+    """Both ways for the real layout: what we would write is what each side has, and what each has is what we read."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers (extra test)")
+    maps = {m.name: m for m in SYSTEM.weight_maps}
+    options = {**SYSTEM.variants["r18vd"].options, "classes": 80}
+    backbone = transformers.RTDetrResNetConfig(
+        hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", out_indices=[2, 3, 4]
+    )
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone, encoder_in_channels=[128, 256, 512], hidden_expansion=0.5, decoder_layers=3,
+        num_labels=80,
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs = transformers.RTDetrForObjectDetection(config).state_dict()
+    versions = {
+        "official v1": about("rtdetr_r18vd_640x640")["keys"],
+        "official v2": about("rtdetrv2_r18vd_640x640")["keys"],
+        "official v1, converted": about("rtdetr_r18vd_deploy_640x640")["keys"],
+        "Hugging Face": hub(theirs),  # as files hold them, heads under both of their names
+    }
+    for name, known in versions.items():
+        known = {key: torch.empty(getattr(value, "shape", value), device="meta") for key, value in known.items()}
+        ours = empty_state(SYSTEM, options, (640, 640), maps[name].layout)
+        written = {maps[name].inverse(key): value for key, value in ours.items()}
+        written |= {twin: value for key, value in written.items() if (twin := maps[name].twin(key))}
+        computed = {key for key in known if re.search(r"decoder\.(anchors|valid_mask)|num_points_scale", key)}
+        assert shapes_of(written) == {k: v for k, v in shapes_of(known).items() if k not in computed}, name
+        read = SYSTEM.adapt({maps[name].rename(key): value for key, value in known.items()}, options, (640, 640))
+        assert shapes_of(read) == shapes_of(ours), name
+    assert sum(key.startswith("class_embed") for key in written) == 6
+
+
 # Millions of parameters and GFLOPs (two per multiply-add) at 640 of the release's README.
 PUBLISHED = {"r18vd": (20, 60), "r50vd_m": (36, 100), "r101vd": (76, 259), "hgnetv2_l": (32, 110)}
 
