@@ -160,6 +160,7 @@ FAULTS = {
 }
 # Sampling beside the mark and the wrong head lose what average precision counts; the others it does not see.
 SEEN_BY_PRECISION = {"aligned corners", "another layer's class head"}
+MATCHED_ALL = {"position embedding swapped", "epsilon of norms 1e-3"}  # nor do detections tell
 UNSEEN = 0.002  # of AP50 and AP75: what FP16 may lose
 
 
@@ -185,7 +186,7 @@ def test_gate_a_catches(subject, change_of_precision, fault):
         assert change > 0.05
     else:
         assert change <= UNSEEN
-        assert check.matched >= 0.95
+        assert check.matched >= (1.0 if fault in MATCHED_ALL else 0.95)
 
 
 def test_average_precision_does_not_see_the_other_gelu(subject, change_of_precision):
@@ -247,10 +248,11 @@ def test_int8_keeps_the_detections_and_gate_b_catches_what_spoils_it(int8, subje
 def test_int8_keeps_average_precision(int8, subject, tmp_path):
     """Over 300 pictures: with 60, a box that moves by a tenth of a pixel past an overlap of 0.75 counts too much."""
     score = scorer(subject[0].record, write_coco(tmp_path / "shapes", 300), tmp_path / "graph.onnx")
-    full, low = score(subject[1]), score(load_model(int8 / read_manifest(int8).engines[0].artifact.name))
+    graph = load_model(int8 / read_manifest(int8).engines[0].artifact.name)
+    full, low = score(subject[1]), score(graph)
     for name in ("AP50", "AP75"):
         assert low[name] == pytest.approx(full[name], abs=0.005)
-    assert low["AP"] != full["AP"]  # it is another graph
+    assert score(with_attribute(graph, "GridSample", align_corners=1))["AP75"] < full["AP75"] - 0.005
 
 
 def leaking(graph, kind):

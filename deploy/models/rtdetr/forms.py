@@ -15,8 +15,8 @@ _SAMPLED_FOR = {
     Target.ONNXRUNTIME: "with sampling by Gather r18 took 1.05 times the CPU time on ONNX Runtime "
     "(benchmarks/rtdetr.py); not timed on OpenVINO",
     Target.TENSORRT: "GridSample engines of some TensorRT versions build, run and detect something else "
-    "(deploy/data/known_bad.yaml), and the version that will build is not known here; a Gather form is right in all of "
-    "them, and takes 162 kernels instead of 170 (r18, FP16, TensorRT-RTX; not timed)",
+    "(deploy/data/known_bad.yaml), and the version that will build is not known here; a Gather form needs none of "
+    "it, and takes 162 kernels instead of 170 (r18, FP16, TensorRT-RTX; not timed)",
 }
 _CONVOLVED = {"winograd": "filtered convolutions", "direct": "plain convolutions"}
 _CONVOLVED_FOR = {

@@ -350,7 +350,7 @@ SYSTEM = System(
     forms=forms(_COMMON),
     recipe={"system": "rtdetr", "variant": "r18", "size": 640},
     # On an r18 and on the tests' detector, both trained for shapes, with weights of 7 bits: AP50 and AP75 stay within
-    # 0.004, all detections above 0.5 are matched, and scores of the r18 move by 0.051 at most. With the values in
+    # 0.004, all detections above 0.5 are matched, and scores of the r18 move by 0.05 at most. With the values in
     # float32 too it is 0.056, so they are quantised (6 % of the products); with the maps of the ranking, 0.080. Its
     # stem in float32 makes it 0.047, for a tenth of the products.
     keep_high=lambda options: {
