@@ -135,9 +135,11 @@ def export(
     automatic = recipe.engine.backend == AUTO
     console.steps = 0 if budget or automatic else last.order + 1
     if automatic:
+        from deploy.artifacts import require_place
         from deploy.fastest import choose_backend, contenders, rest_of
 
         recipes = contenders(asked, device, last, budget)
+        require_place(folder, last)
         choice = choose_backend(recipes, console, start=first, reuse=reuse)
         recipe, first, reuse = recipes[choice.backend], rest_of(first, reuse), True
     if budget is not None:

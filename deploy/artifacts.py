@@ -276,6 +276,17 @@ def require_free(final: Path) -> None:
         )
 
 
+def require_place(out: Path, until: Stage) -> None:
+    """Refuse, before any work, a place that a run until this stage may not take.
+
+    Raises:
+        StorageError: something else lies at ``out`` or where its failure would go, or a bundle that went further.
+    """
+    refuse_to_shorten(out, until)
+    require_free(out)
+    require_free(failed_name(out))
+
+
 def refuse_to_shorten(out: Path, until: Stage) -> None:
     """Keep a bundle that went further down the road than a run until this stage would.
 

@@ -262,8 +262,10 @@ def prove_selection(
     on_cpu = _for_judging(options, loaded)
     model = SelectingModel(loaded, loaded.system.selection)
     random = loaded.record.weights.kind == "random"
-    # Photos are what the engine will see; generated images are for ranges that were measured on such images.
-    ranges = ("natural", "photos") if recipe.quantization.calib is None else ("photos",)
+    # Photos are what the engine will see; generated images are for ranges that were measured on such images, and for
+    # want of photos.
+    photos = recipe.quantization.calib is not None and "photos" in inputs.counts
+    ranges = ("photos",) if photos else ("natural", "photos")
     return check_selection(
         model, load_model(path), files, inputs, lambda p: open_model(p, on_cpu), limits, random=random, ranges=ranges
     )

@@ -23,6 +23,7 @@ from deploy.candidates import ENGINE, build_options
 from deploy.console import Console, Inside
 from deploy.errors import (
     BackendUnavailableError,
+    EffdeployError,
     EngineBuildError,
     LintError,
     ParityError,
@@ -30,10 +31,19 @@ from deploy.errors import (
     RecipeError,
 )
 from deploy.models import find_system
-from deploy.parity.metrics import usage
+from deploy.parity.metrics import NOT_JUDGED, usage
 from deploy.pipeline import run
 from deploy.recipe import Recipe
-from deploy.records import BackendChoice, BackendTried, BenchRecord, EngineRecord, ParityRecord, RunRecord, Stage
+from deploy.records import (
+    BackendChoice,
+    BackendTried,
+    BenchRecord,
+    EngineRecord,
+    ParityRecord,
+    RunRecord,
+    Stage,
+    Target,
+)
 from deploy.resolve import bench_options, parity_inputs, sample_feeds
 
 CONTENDERS: Mapping[str, str] = {"onnxruntime": "onnxruntime", "openvino": "'effdeploy[openvino]'"}
@@ -42,12 +52,16 @@ CONTENDERS: Mapping[str, str] = {"onnxruntime": "onnxruntime", "openvino": "'eff
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entry:
-    """A contender: its recipe, what came of it, and its engine where that is within the tolerances."""
+    """A contender: its recipe, what came of it, and its engine where that is within the tolerances.
+
+    ``error`` is what kept it from being compared.
+    """
 
     recipe: Recipe
     tried: BackendTried
     folder: Path
     engine: EngineRecord | None = None
+    error: EffdeployError | None = None
 
     @property
     def name(self) -> str:
@@ -66,8 +80,13 @@ def contenders(
         budget: Of ``--budget``.
 
     Raises:
-        RecipeError: a GPU is asked for, a run that builds no engine, or a search that has one backend.
+        RecipeError: a GPU or its graph is asked for, a run that builds no engine, or a search that has one backend.
     """
+    if asked(backend=AUTO, device=device).target is Target.TENSORRT:
+        raise RecipeError(
+            f"--backend {AUTO} compares the backends of the CPU ({', '.join(CONTENDERS)}); got --target tensorrt",
+            hint="leave --target out, or name the backend",
+        )
     if asked(backend=AUTO, device=device).engine.device == "cuda":
         raise RecipeError(
             f"--backend {AUTO} compares the backends of the CPU ({', '.join(CONTENDERS)}); got --device cuda",
@@ -87,21 +106,33 @@ def contenders(
 
 
 def first_of(recipes: Mapping[str, Recipe], console: Console) -> Recipe:
-    """Return the first contender that is installed, for a plan, and say that others would be measured.
+    """Return the first contender that takes its recipe here, for a plan, and say that others would be measured.
 
     Raises:
-        BackendUnavailableError: none is.
+        BackendUnavailableError: none does.
     """
-    installed = [name for name in recipes if load_backend(name).available() is None]
+    reasons = {name: _refusal(recipe) for name, recipe in recipes.items()}
+    installed = [name for name, reason in reasons.items() if not reason]
     if not installed:
-        raise BackendUnavailableError(
-            f"no backend of the CPU is installed: {', '.join(recipes)}", hint="pip install 'effdeploy[openvino]'"
-        )
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise BackendUnavailableError(f"no backend of the CPU takes this: {told}", hint="effdeploy doctor; --fp32")
     console.warn(
         f"--backend {AUTO} would take {' and '.join(installed)} as far as parity, and time those within the tolerance; "
         f"the plan is that of {installed[0]}"
     )
     return recipes[installed[0]]
+
+
+def _refusal(recipe: Recipe) -> str:
+    """Say why a backend cannot take a recipe on this machine, as far as that shows before any work."""
+    name = recipe.engine.backend
+    if load_backend(name).available():
+        return f"not installed: pip install {CONTENDERS[name]}"
+    try:
+        load_backend(name).check(build_options(recipe))
+    except BackendUnavailableError as error:
+        return error.message
+    return ""
 
 
 def rest_of(start: Stage | None, reuse: bool) -> Stage | None:
@@ -140,21 +171,21 @@ def choose_backend(
 def _entered(recipe: Recipe, folder: Path, console: Console, start: Stage | None, reuse: bool) -> _Entry:
     """Take one backend as far as parity; what it cannot do is its result, not an error."""
     name = recipe.engine.backend
-    backend, version, record = load_backend(name), "", None
+    version, record, failed = "", None, None
     with console.step(name) as step:
-        reason = f"not installed: pip install {CONTENDERS[name]}" if backend.available() else ""
+        reason = f"not installed: pip install {CONTENDERS[name]}" if load_backend(name).available() else ""
         if not reason:
             try:
                 record = _run(recipe, folder, console, start, reuse)
                 reason = "" if record.ok else record.verdict
                 version = next((engine.backend_version for engine in record.engines), "")
             except (BackendUnavailableError, EngineBuildError, LintError, PrecisionAuditError) as error:
-                reason = error.message
+                reason, failed = error.message, error
         used, limit = _nearest(record.parity) if record and record.parity else (None, "")
         tried = BackendTried(backend=name, version=version, ok=not reason, reason=reason, used=used, limit=limit)
         step.note(reason or f"within the tolerance: {limit}")
     engine = record.engines[0] if record and not reason else None
-    return _Entry(recipe=recipe, tried=tried, folder=folder, engine=engine)
+    return _Entry(recipe=recipe, tried=tried, folder=folder, engine=engine, error=failed)
 
 
 def _run(recipe: Recipe, folder: Path, console: Console, start: Stage | None, reuse: bool) -> RunRecord:
@@ -167,11 +198,14 @@ def _run(recipe: Recipe, folder: Path, console: Console, start: Stage | None, re
         return read_manifest(failed_name(folder))
 
 
-def _nearest(parity: ParityRecord) -> tuple[float, str]:
-    """Return how much of its tightest limit the engine uses up (1 is the limit itself), and which."""
-    engines = [c for c in parity.comparisons if c.stage.startswith(ENGINE)]
-    shares = [usage(c, parity.tolerances[c.precision]) for c in engines]
-    return max(shares, key=lambda share: share[0], default=(0.0, "not judged"))
+def _nearest(parity: ParityRecord) -> tuple[float | None, str]:
+    """Return how much of its tightest limit the engine uses up (1 is the limit itself), and which.
+
+    ``None`` where no limit is on single outputs: a detector in a reduced precision is judged by its detections.
+    """
+    shares = [usage(c, parity.tolerances[c.precision]) for c in parity.comparisons if c.stage.startswith(ENGINE)]
+    used, limit = max(shares, key=lambda share: share[0], default=(0.0, NOT_JUDGED))
+    return (None, parity.verdict) if limit == NOT_JUDGED else (used, limit)
 
 
 def _choice(entries: Sequence[_Entry]) -> BackendChoice:
@@ -210,33 +244,42 @@ def _timed(within: Sequence[_Entry]) -> BenchRecord:
 
 
 def _fastest(timed: BenchRecord) -> tuple[str, str]:
-    """Choose by the ratios of the rounds, which hold on a shared machine; return the backend and the reason."""
+    """Choose by the ratios of the rounds, which hold on a shared machine; return the backend and the reason.
+
+    Within the noise the first one is taken, so that the same export comes to the same backend.
+    """
     latencies = {latency.name: latency for latency in timed.latencies}
     times = {timed.latencies[0].name: 1.0} | {ratio.baseline: ratio.median for ratio in timed.ratios}
-    best = min(times, key=times.__getitem__)
+    fastest = min(times, key=times.__getitem__)
+    first = next(iter(times))
+    close = any(ratio.p10 <= 1 <= ratio.p90 for ratio in timed.ratios if fastest in (ratio.name, ratio.baseline))
+    best = first if close else fastest
     others = ", ".join(
         f"{name} takes {units.milliseconds(latencies[name].p50)} ({time / times[best]:.2f} times as long)"
         for name, time in times.items()
         if name != best
     )
-    close = any(ratio.p10 <= 1 <= ratio.p90 for ratio in timed.ratios if best in (ratio.name, ratio.baseline))
     at = f"batch {latencies[best].batch}, {latencies[best].threads} thread(s)"
+    verdict = "no slower than any, within the noise," if close else "the fastest"
     return best, (
-        f"{best} is the fastest of {len(times)} backends within the tolerance: "
-        f"{units.milliseconds(latencies[best].p50)} at {at}, {others}{', within the noise' if close else ''}"
+        f"{best} is {verdict} of {len(times)} backends within the tolerance: "
+        f"{units.milliseconds(latencies[best].p50)} at {at}, {others}"
     )
 
 
-def _nothing(entries: Sequence[_Entry]) -> ParityError | BackendUnavailableError:
-    """Say which backend came nearest to the tolerance, or why none can run."""
-    compared = [entry for entry in entries if entry.tried.used is not None]
+def _nothing(entries: Sequence[_Entry]) -> EffdeployError:
+    """Say which backend came nearest to the tolerance, or why none can run: the error itself where one was tried."""
+    compared = [entry for entry in entries if entry.tried.limit]
+    causes = [entry.error for entry in entries if entry.error]
+    if len(causes) == 1 and not compared:
+        return causes[0]
     told = "; ".join(f"{entry.name}: {entry.tried.reason}" for entry in entries)
     precision = entries[0].recipe.precision.value.upper()
     if not compared:
         return BackendUnavailableError(
-            f"no backend of this CPU runs {precision}: {told}", hint="effdeploy doctor says what this CPU can; --fp32"
+            f"no backend of this CPU runs {precision}: {told}", hint="effdeploy doctor says what this CPU can"
         )
-    nearest = min(compared, key=lambda entry: max(entry.tried.used or 0.0, 1.0))
+    nearest = min(compared, key=lambda entry: entry.tried.used or 0.0)
     return ParityError(
         f"no backend of this CPU is within the tolerance of {precision}; {nearest.name} comes nearest, with "
         f"{nearest.tried.limit} ({told})",

@@ -19,10 +19,8 @@ from deploy.artifacts import (
     PATCHED,
     TRACED,
     environment,
-    failed_name,
     read_manifest,
-    refuse_to_shorten,
-    require_free,
+    require_place,
 )
 from deploy.backends import load_backend
 from deploy.backends.base import Backend
@@ -57,9 +55,7 @@ def plan_export(
         EffdeployError: whatever the run itself would raise before its first stage, or when it loads weights that are
             on this machine.
     """
-    refuse_to_shorten(out, until)
-    require_free(out)
-    require_free(failed_name(out))
+    require_place(out, until)
     free = _free_space(out)
     backend = load_backend(recipe.engine.backend)
     check_request(recipe, until, backend)

@@ -264,11 +264,14 @@ def _images_at_once(recipe: Recipe) -> int:
 
 
 def sample_feeds(inputs: InputPack, count: int) -> Feeds:
-    """Cut or repeat the pack's natural and photo images to ``count`` rows."""
+    """Cut or repeat the pack's photos, then its natural images, to ``count`` rows.
+
+    Photos first: ranges that were measured on photos clip the others.
+    """
     chosen: dict[str, list[Any]] = {}
-    for chunk in inputs.chunks:
-        for row, group in enumerate(chunk.groups):
-            if group in ("natural", "photos"):
+    for wanted in ("photos", "natural"):
+        for chunk in inputs.chunks:
+            for row in (row for row, group in enumerate(chunk.groups) if group == wanted):
                 for name, array in chunk.feeds.items():
                     chosen.setdefault(name, []).append(array[row])
     return {name: np.stack([rows[i % len(rows)] for i in range(count)]) for name, rows in chosen.items()}

@@ -2,8 +2,8 @@
 
 The manifest names the file, its hash, the runtime's version, the GPU, the driver, the profiles and the precision audit.
 A file that the manifest does not name, that lies elsewhere, that was changed, or that is of another machine is refused
-with the reason. What was hashed is what is loaded: a runtime gets the bytes that were held against the manifest, not a
-path to read again.
+with the reason. TensorRT gets the bytes that were hashed; ONNX Runtime and OpenVINO read the file again, by its path,
+for the weights that lie beside it.
 """
 
 from __future__ import annotations

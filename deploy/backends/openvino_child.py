@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+REFUSED = 3  # exit code: OpenVINO said no in its own words
+
 
 def main(asked: dict[str, Any]) -> None:
     """Do in this process what a build does in the other.
@@ -14,11 +16,20 @@ def main(asked: dict[str, Any]) -> None:
     Args:
         asked: ``model``, ``batch`` (smallest and largest) and ``settings``.
     """
-    sys.path = [entry for entry in sys.path if entry != str(Path(__file__).parent)]  # where another openvino lies
+    here = Path(__file__).resolve().parent  # where another openvino lies
+    sys.path = [entry for entry in sys.path if Path(entry).resolve() != here]
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # Python's way to say: not installed
     import numpy as np
     import openvino
 
+    try:
+        _try(openvino, np, asked)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(REFUSED) from error
+
+
+def _try(openvino: Any, np: Any, asked: dict[str, Any]) -> None:
     network = openvino.Core().read_model(asked["model"])
     shapes = {port: port.partial_shape for port in network.inputs if port.partial_shape.is_dynamic}
     batch = openvino.Dimension(*asked["batch"])

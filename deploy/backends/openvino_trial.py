@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from deploy.backends.openvino_child import REFUSED
 from deploy.errors import EngineBuildError
 
 TRIAL = Path(__file__).with_name("openvino_child.py")
@@ -27,7 +28,7 @@ def survive(model: Path, batch: tuple[int, int], settings: Mapping[str, str]) ->
         settings: What it is compiled with.
 
     Raises:
-        EngineBuildError: a signal ended the child.
+        EngineBuildError: a signal ended the child, or it could not try at all.
     """
     asked = json.dumps({"model": str(model), "batch": batch, "settings": dict(settings)})
     done = subprocess.run(
@@ -37,6 +38,12 @@ def survive(model: Path, batch: tuple[int, int], settings: Mapping[str, str]) ->
         raise EngineBuildError(
             f"OpenVINO itself was ended by {_name(-done.returncode)} while it compiled or ran {model.name}",
             hint="--threads 2 may help (with one it was seen); --backend onnxruntime runs the same graph",
+        )
+    if done.returncode not in (0, REFUSED):
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise EngineBuildError(
+            f"OpenVINO could not be tried with {model.name}: its process ended with {done.returncode} ({last})",
+            hint="--backend onnxruntime runs the same graph",
         )
 
 

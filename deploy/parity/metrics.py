@@ -25,6 +25,7 @@ Align = Callable[[Outputs, Outputs], tuple[dict[str, Float], dict[str, Float]]]
 
 TOP = 5
 _NO_CLASSES: dict[str, Any] = {"top1": None, "top5": None, "flip": None}  # [images, detections] are no class scores
+NOT_JUDGED = "not judged"  # what ``usage`` says where nothing is limited
 UNJUDGED = "no limit of the tolerance applies to this output"
 
 
@@ -281,7 +282,7 @@ def usage(metrics: Metrics | Comparison, tolerance: Tolerance) -> tuple[float, s
     ties = metrics.top1_ties if isinstance(metrics, Comparison) else 0
     shares = [(_share(*judged), *judged) for judged in _judged(metrics, tolerance, ties)]
     if not shares:
-        return 0.0, "not judged"
+        return 0.0, NOT_JUDGED
     share, name, value, limit = max(shares, key=lambda s: (s[0], s[1] == "max_relative"))
     digits = 3 if value < 0.1 else 6  # an error needs few, a cosine near 1 many
     return share, f"{name} {value:.{digits}g} (limit {limit:g})"

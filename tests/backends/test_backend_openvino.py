@@ -20,6 +20,7 @@ from deploy.backends import openvino_trial
 from deploy.backends.audit import Kernel
 from deploy.backends.base import BuildOptions
 from deploy.backends.graph_types import graph_types
+from deploy.backends.openvino_child import REFUSED
 from deploy.backends.openvino_kernels import audit_kernels, products_by_name
 from deploy.cpu import CPU_FEATURES, cpu_flags
 from deploy.errors import BackendUnavailableError, BundleError, EngineBuildError, PrecisionAuditError, SizeError
@@ -116,17 +117,22 @@ def test_a_crash_inside_openvino_is_an_error_of_ours(graph, tmp_path, monkeypatc
     with pytest.raises(EngineBuildError, match=f"ended by SIGSEGV while it compiled or ran {path.name}") as caught:
         BACKEND.build(path, tmp_path, RANGE)
     assert "--backend onnxruntime" in caught.value.hint
-    child.write_text("raise SystemExit(1)\n")  # refused, not crashed: the build says so itself, in OpenVINO's words
+    child.write_text("raise AttributeError('Core')\n")  # no trial at all is not a pass
+    with pytest.raises(EngineBuildError, match=r"its process ended with 1 \(AttributeError: Core\)"):
+        BACKEND.build(path, tmp_path, RANGE)
+    child.write_text(f"raise SystemExit({REFUSED})\n")  # no crash: the build meets it itself
     assert BACKEND.build(path, tmp_path, RANGE)
 
 
-def test_the_child_compiles_and_runs_what_the_build_does(graph):
+def test_the_child_compiles_and_runs_what_the_build_does(graph, tmp_path):
     path = graph("network")
     asked = {"model": str(path), "batch": [1, 4], "settings": {"NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": "1"}}
-    run = [sys.executable, str(openvino_trial.TRIAL)]
+    linked = tmp_path / "linked"
+    linked.symlink_to(openvino_trial.TRIAL.parent)  # where deploy.backends.openvino must not stand in for OpenVINO
+    run = [sys.executable, str(linked / openvino_trial.TRIAL.name)]
     assert subprocess.run([*run, json.dumps(asked)], check=False).returncode == 0
     failed = subprocess.run([*run, json.dumps(asked | {"model": "none.onnx"})], check=False, capture_output=True)
-    assert failed.returncode == 1
+    assert failed.returncode == REFUSED, failed.stderr
 
 
 def test_a_changed_file_is_not_opened(graph, tmp_path):

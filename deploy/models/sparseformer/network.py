@@ -118,8 +118,8 @@ class Unit(vit.Block):
 class SparseFormer(nn.Module):
     """The classifier as in the checkpoint: ``images`` [N,3,H,W] to ``logits`` [N,classes].
 
-    With the option ``looks`` also ``looks`` [N,L,T,2 + points,2] of ``deploy.models.sparseformer.looking``. The layouts keep their
-    releases' names of the initial RoIs and tokens: it is what tells checkpoints apart.
+    With the option ``looks`` also ``looks`` [N,L,T,2 + points,2] of ``deploy.models.sparseformer.looking``. The layouts
+    keep their releases' names of the initial RoIs and tokens: it is what tells checkpoints apart.
     """
 
     def __init__(self, options: Mapping[str, Any], size: tuple[int, int], layout: str) -> None:
