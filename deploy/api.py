@@ -138,7 +138,7 @@ def export(
         from deploy.artifacts import require_place
         from deploy.fastest import choose_backend, contenders, rest_of
 
-        recipes = contenders(asked, device, last, budget)
+        recipes = contenders(asked, recipe, last, budget)
         require_place(folder, last)
         choice = choose_backend(recipes, console, start=first, reuse=reuse)
         recipe, first, reuse = recipes[choice.backend], rest_of(first, reuse), True
@@ -207,7 +207,7 @@ def plan(
     if recipe.engine.backend == AUTO:
         from deploy.fastest import contenders, first_of
 
-        recipe = first_of(contenders(asked, device, last, budget), console)
+        recipe = first_of(contenders(asked, recipe, last, budget), console)
     if budget is not None:
         Budget.parse(budget).refuse_precision(recipe.precision)
     planned = plan_export(recipe, folder, until=last, start=first, reuse=reuse, console=console)

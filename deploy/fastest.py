@@ -69,25 +69,25 @@ class _Entry:
 
 
 def contenders(
-    asked: Callable[..., Recipe], device: str | None, until: Stage, budget: str | None = None
+    asked: Callable[..., Recipe], recipe: Recipe, until: Stage, budget: str | None = None
 ) -> dict[str, Recipe]:
     """Resolve what is asked for each backend of the CPU: each has its own form of the graph.
 
     Args:
         asked: Gives the recipe for ``backend`` and ``device``.
-        device: Of ``--device``.
+        recipe: What it gives for ``auto``.
         until: Last stage of the run.
         budget: Of ``--budget``.
 
     Raises:
         RecipeError: a GPU or its graph is asked for, a run that builds no engine, or a search that has one backend.
     """
-    if asked(backend=AUTO, device=device).target is Target.TENSORRT:
+    if recipe.target is Target.TENSORRT:
         raise RecipeError(
             f"--backend {AUTO} compares the backends of the CPU ({', '.join(CONTENDERS)}); got --target tensorrt",
             hint="leave --target out, or name the backend",
         )
-    if asked(backend=AUTO, device=device).engine.device == "cuda":
+    if recipe.engine.device == "cuda":
         raise RecipeError(
             f"--backend {AUTO} compares the backends of the CPU ({', '.join(CONTENDERS)}); got --device cuda",
             hint="--backend onnxruntime --device cuda, or --backend tensorrt",
@@ -126,13 +126,17 @@ def first_of(recipes: Mapping[str, Recipe], console: Console) -> Recipe:
 def _refusal(recipe: Recipe) -> str:
     """Say why a backend cannot take a recipe on this machine, as far as that shows before any work."""
     name = recipe.engine.backend
-    if load_backend(name).available():
-        return f"not installed: pip install {CONTENDERS[name]}"
+    if missing := _missing(name):
+        return missing
     try:
         load_backend(name).check(build_options(recipe))
     except BackendUnavailableError as error:
         return error.message
     return ""
+
+
+def _missing(name: str) -> str:
+    return f"not installed: pip install {CONTENDERS[name]}" if load_backend(name).available() else ""
 
 
 def rest_of(start: Stage | None, reuse: bool) -> Stage | None:
@@ -173,7 +177,7 @@ def _entered(recipe: Recipe, folder: Path, console: Console, start: Stage | None
     name = recipe.engine.backend
     version, record, failed = "", None, None
     with console.step(name) as step:
-        reason = f"not installed: pip install {CONTENDERS[name]}" if load_backend(name).available() else ""
+        reason = _missing(name)
         if not reason:
             try:
                 record = _run(recipe, folder, console, start, reuse)

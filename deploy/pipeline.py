@@ -20,9 +20,8 @@ from deploy.artifacts import (
     open_artifact,
     publish,
     read_manifest,
-    refuse_to_shorten,
     refused_writes,
-    require_free,
+    require_place,
     run_folder,
     storage_errors,
     write_manifest,
@@ -86,8 +85,7 @@ def run(
     """
     begin = time.perf_counter()
     with run_folder(out) as folder:
-        require_free(failed_name(out))
-        refuse_to_shorten(out, until)
+        require_place(out, until)
         road = _Road.begin(recipe, folder, until, console or Console(Mode.SILENT))
         road.reuse.start = start or Stage.REPORT if reuse else Stage.MODEL
         road.look_at(out)
