@@ -47,7 +47,8 @@ def boundary_errors(
         feeds: The images.
         most: Compare no more tensors than this, at coarser modules where the innermost ones have more of them.
     """
-    found = _borders(splice) if most is None else _coarser(splice, most)
+    types = tensor_types(splice.high)  # a shape inference: once for all depths
+    found = _borders(splice, types) if most is None else _coarser(splice, types, most)
     errors = _distances(splice, list(found), open_graph, feeds)
     made: dict[str, list[str]] = {}
     for tensor, (module, _) in found.items():
@@ -65,23 +66,22 @@ def _of_module(
     return BoundaryError(module=module, tensor=worst, before=before, after=after, jump=jump)
 
 
-def _coarser(splice: Splice, most: int) -> Borders:
+def _coarser(splice: Splice, types: Mapping[str, int], most: int) -> Borders:
     """Look at the innermost modules that have few enough borders; at the outermost, whatever they have."""
     deepest = max((len(path_parts(module_of(name))) for name in splice.nodes), default=1)
     for depth in range(deepest, 1, -1):
-        if len(found := _borders(splice, depth)) <= most:
+        if len(found := _borders(splice, types, depth)) <= most:
             return found
-    return _borders(splice, 1)
+    return _borders(splice, types, 1)
 
 
-def _borders(splice: Splice, depth: int | None = None) -> Borders:
+def _borders(splice: Splice, types: Mapping[str, int], depth: int | None = None) -> Borders:
     """Find the float tensors that leave a module: tensor -> the module that makes it, and those that read it."""
 
     def module(node: str) -> str:
         return ".".join(path_parts(module_of(node))[:depth]) or TOP
 
     graph = splice.high.graph
-    types = tensor_types(splice.high)
     outputs = {o.name for o in graph.output}
     readers: dict[str, set[str]] = {}
     for node in graph.node:
