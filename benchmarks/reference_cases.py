@@ -10,12 +10,14 @@ implementation's logits and ``parity`` how far from PyTorch over the parity imag
 share of those images with the same best class. ``gaps`` holds, for each other image, how far apart PyTorch has the two
 classes (of the largest logit), and ``ties`` counts those that PyTorch's own rounding explains
 (``deploy/parity/rounding.py``). FP16 is judged as ONNX Runtime runs it and, under ``rounded``, with every FP16 tensor
-rounded; ``notes`` are those of the report.
+rounded; ``notes`` are those of the report. ``weights alone`` is PyTorch in float32 with nothing but its weights rounded
+to FP16: what no FP16 file can do better than by luck, whatever it computes in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -33,7 +35,11 @@ from support import REFERENCE, Case, effdeploy, reference_case
 from deploy.artifacts import read_manifest
 from deploy.backends.base import BuildOptions
 from deploy.backends.onnxruntime import open_model
-from deploy.records import Comparison
+from deploy.models import find_system
+from deploy.models.base import load_model
+from deploy.recipe import Recipe, layer_of_data, resolve
+from deploy.records import Comparison, Target
+from deploy.resolve import parity_inputs
 
 _CIFAR = ("--size", "32", "--set", "classes=10", "--set", "options.dim=256", "--set", "options.depth=8",
           "--set", "options.kernel=5", "--set", "options.patch=2")  # fmt: skip
@@ -97,8 +103,24 @@ def exported(case: Case, folder: Path) -> dict[str, dict[str, Any]]:
     found["fp16"] |= {
         "rounded": {"parity": rounded.max_relative, **agreement(rounded)},
         "notes": list(run.parity.notes),
+        "weights alone": weights_alone(resolve([layer_of_data("manifest", run.recipe)])),
     }
     return found
+
+
+def weights_alone(recipe: Recipe) -> dict[str, float]:
+    """Round the weights of the training form to FP16 and nothing else, and compare it with itself in float32."""
+    system = find_system(recipe.system)
+    images = [torch.from_numpy(chunk.feeds["images"]) for chunk in parity_inputs(system, recipe).chunks]
+    model = load_model(system, recipe, Target.ONNXRUNTIME).reference
+    with torch.inference_mode():
+        exact = torch.cat([model(chunk) for chunk in images])
+        for value in itertools.chain(model.parameters(), model.buffers()):
+            if value.is_floating_point():
+                value.copy_(value.half())
+        rounded = torch.cat([model(chunk) for chunk in images])
+    off = (rounded - exact).abs().amax(1) / exact.abs().amax(1)
+    return {"parity": float(off.max()), "top1": float((rounded.argmax(1) == exact.argmax(1)).double().mean())}
 
 
 def agreement(judged: Comparison) -> dict[str, Any]:

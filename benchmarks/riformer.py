@@ -78,9 +78,8 @@ def main() -> None:
         measured = {f"batch {batch}": cpu(batch, options.rounds, folder) for batch in (1, 8)}
         kernel_counts = counted(folder)
     if options.write:
-        write_results(
-            "riformer", {"command": "python benchmarks/riformer.py --write", "cpu": measured, "kernels": kernel_counts}
-        )
+        command = f"python benchmarks/riformer.py --rounds {options.rounds} --write"
+        write_results("riformer", {"command": command, "cpu": measured, "kernels": kernel_counts})
 
 
 if __name__ == "__main__":

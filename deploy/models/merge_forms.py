@@ -127,6 +127,7 @@ class RowMerge(nn.Module):
         self.sides, self.r, self.plan = sides, r, RowPlan(sides, r)
         self.count = sides.tokens - r
         self.before = self.count - sides.receivers
+        self.own = nn.Buffer(torch.eye(r, dtype=dtype)[None], persistent=False)
 
     def forward(self, x: Tensor, size: Tensor | None, metric: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Plan]:
         """Merge.
@@ -141,22 +142,20 @@ class RowMerge(nn.Module):
             Tokens [N*(T-r),C], their sizes [N*(T-r),1], and the plan.
         """
         stay, gone, receiver = plan = self.plan(metric, image)
-        at = receiver + self.before
-        at = at if metric.shape[0] == 1 else at + image * self.count
+        at, before = receiver + self.before, receiver * 2 + self.sides.b
+        if metric.shape[0] != 1:
+            at, before = at + image * self.count, before + image * self.sides.tokens
         stay = stay.flatten()
+        both = torch.cat((before, gone), 1)  # each receiver, then all that go to one
         same = (receiver[..., None] == receiver[:, None]).to(x.dtype)
-        kept = rows(x, stay)
-        theirs, mine = rows(x, gone), rows(kept, at)
+        weights = torch.cat((self.own.expand(same.shape[0], -1, -1), same), 2)
         if size is None:
             sizes = (stay >= 0).to(x.dtype)[:, None]  # ones, whose number no dynamic batch has to compute
-            total = same.sum(-1, keepdim=True) + 1
-            mean = (mine + same @ theirs) / total
         else:
-            sizes = rows(size, stay)
-            weight, own = rows(size, gone), rows(sizes, at)
-            total = own + same @ weight
-            mean = (mine * own + same @ (theirs * weight)) / total
-        return kept.index_put((at,), mean), sizes.index_put((at,), total), plan
+            sizes, weights = rows(size, stay), weights * rows(size, both).transpose(1, 2)
+        total = weights.sum(2, keepdim=True)
+        mean = weights @ rows(x, both) / total
+        return rows(x, stay).index_put((at,), mean), sizes.index_put((at,), total), plan
 
     def places(self, plan: Plan, batch: int) -> Tensor:
         """Return where each token goes by the plan of a batch, int64 [N,T]."""

@@ -61,8 +61,9 @@ class RowBlock(DeployBlock):
 
     def _attend(self, x: Tensor, bias: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         normed = self.norm1(x)
-        keys, values = (self._heads(layer(normed), batch) for layer in (self.attn.k, self.attn.v))
-        logits = self._heads(self.attn.q(self._first(normed, batch)), batch) @ keys.transpose(-1, -2)
+        queries, values = self.attn.q(self._first(normed, batch)), self._heads(self.attn.v(normed), batch)
+        keys = self._heads(self.attn.k(normed), batch).transpose(-1, -2)  # moved once, for the logits and the metric
+        logits = self._heads(queries, batch) @ keys
         mixed = torch.softmax(logits if bias is None else logits + bias, -1) @ values
         rows = mixed.transpose(1, 2).reshape(-1, x.shape[-1])
         return self._first(x, batch) + self.attn.proj(rows), self.metric(keys)
@@ -89,6 +90,6 @@ class HeadSum(nn.Module):
         self.ones = nn.Buffer(torch.ones(1, heads, dtype=dtype), persistent=False)
 
     def forward(self, keys: Tensor) -> Tensor:
-        """[N,heads,T,d] to [N,T,d]."""
-        batch, heads, tokens, width = keys.shape
-        return (self.ones @ keys.reshape(batch, heads, tokens * width)).reshape(batch, tokens, width)
+        """[N,heads,d,T] to [N,T,d]."""
+        batch, heads, width, tokens = keys.shape
+        return (self.ones @ keys.reshape(batch, heads, width * tokens)).reshape(batch, width, tokens).transpose(1, 2)
