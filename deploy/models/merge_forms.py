@@ -142,11 +142,11 @@ class RowMerge(nn.Module):
             Tokens [N*(T-r),C], their sizes [N*(T-r),1], and the plan.
         """
         stay, gone, receiver = plan = self.plan(metric, image)
-        at, before = receiver + self.before, receiver * 2 + self.sides.b
+        receiving, at = receiver * 2 + self.sides.b, receiver + self.before  # rows before the merge, and after it
         if metric.shape[0] != 1:
-            at, before = at + image * self.count, before + image * self.sides.tokens
+            receiving, at = receiving + image * self.sides.tokens, at + image * self.count
         stay = stay.flatten()
-        both = torch.cat((before, gone), 1)  # each receiver, then all that go to one
+        both = torch.cat((receiving, gone), 1)
         same = (receiver[..., None] == receiver[:, None]).to(x.dtype)
         weights = torch.cat((self.own.expand(same.shape[0], -1, -1), same), 2)
         if size is None:
